@@ -1,0 +1,104 @@
+/* Who computes what in a step, and the pages for it.
+ *
+ * Running requests come first, oldest first: one token each, or the next chunk of their prompt while the step's budget of prompt tokens lasts.
+ * Then waiting requests are admitted in order of arrival as long as a slot, budget and pages for all their ids are there; nobody overtakes.
+ * A request that needs a page when none is free pushes out the youngest running one (itself, if it is the youngest). As nobody overtakes and the
+ * youngest goes first, the running requests always are the oldest. The oldest of all never yields, so every step makes progress. */
+#include "internal.h"
+
+static int64_t rows_wanted(const lco_job *job, int64_t budget)
+{
+    if (!lco_job_in_prompt(job))
+        return 1;
+    int64_t left = job->n_prompt - lco_job_computed(job);
+    return left < budget ? left : budget;
+}
+
+static lco_status preempt_youngest(lco_engine *engine, lco_error *err)
+{
+    lco_job *job = engine->jobs[engine->n_running - 1];
+    lco_status status = lco_seq_truncate(job->seq, job->base, err);
+    if (status != LCO_OK)
+        return status;
+    job->rows = 0;
+    engine->n_running--;
+    engine->stats.preemptions++;
+    return LCO_OK;
+}
+
+/* Pages for `rows` more tokens of a running request. Afterwards it may be preempted, or failed when it runs alone and there are none. */
+static lco_status make_room(lco_engine *engine, int64_t index, int64_t rows, lco_error *err)
+{
+    lco_job *job = engine->jobs[index];
+    while (index < engine->n_running) {
+        lco_error why;
+        lco_status status = lco_seq_reserve(job->seq, rows, &why);
+        if (status == LCO_OK)
+            break;
+        if (status != LCO_EPAGES) {
+            *err = why;
+            return status;
+        }
+        if (engine->n_running == 1) {
+            lco_job_fail(job, &why);
+            break;
+        }
+        status = preempt_youngest(engine, err);
+        if (status != LCO_OK)
+            return status;
+    }
+    return LCO_OK;
+}
+
+/* Admits the oldest waiting request. `*admitted` is false when it has to wait for pages; with nobody running (`alone`) it fails instead. */
+static lco_status admit(lco_engine *engine, bool alone, bool *admitted, lco_error *err)
+{
+    lco_job *job = engine->jobs[engine->n_running];
+    lco_error why;
+    lco_status status = lco_seq_reserve(job->seq, job->n_ids, &why);
+    if (status != LCO_OK && status != LCO_EPAGES) {
+        *err = why;
+        return status;
+    }
+    *admitted = status == LCO_OK || alone;
+    if (*admitted)
+        engine->n_running++;
+    if (status != LCO_OK && alone)
+        lco_job_fail(job, &why);
+    return LCO_OK;
+}
+
+lco_status lco_schedule(lco_engine *engine, lco_error *err)
+{
+    int64_t budget = engine->chunk, able = 0; /* able: running and not failed */
+    for (int64_t i = 0; i < engine->n_running; i++)
+        engine->jobs[i]->rows = 0;
+    for (int64_t i = 0; i < engine->n_running; i++) {
+        lco_job *job = engine->jobs[i];
+        int64_t rows = rows_wanted(job, budget);
+        lco_status status = make_room(engine, i, rows, err);
+        if (status != LCO_OK)
+            return status;
+        if (i == engine->n_running || job->reports)
+            break;
+        able++;
+        job->rows = rows;
+        if (lco_job_in_prompt(job))
+            budget -= rows;
+    }
+    while (budget > 0 && engine->n_running < engine->max_batch && engine->n_running < engine->n_jobs) {
+        lco_job *job = engine->jobs[engine->n_running];
+        bool admitted;
+        lco_status status = admit(engine, able == 0, &admitted, err);
+        if (status != LCO_OK)
+            return status;
+        if (!admitted)
+            break;
+        if (job->reports)
+            continue;
+        able++;
+        job->rows = rows_wanted(job, budget);
+        budget -= job->rows;
+    }
+    return LCO_OK;
+}

@@ -1,0 +1,34 @@
+/* Shared by the files of this folder only. */
+#ifndef LCO_KV_INTERNAL_H
+#define LCO_KV_INTERNAL_H
+
+#include "kv.h"
+
+struct lco_kv {
+    lco_kv_options options;
+    size_t page_bytes;
+    int64_t n_pages;
+    uint8_t *base;       /* address space for all pages */
+    int32_t *refs;       /* [n_pages] table entries that name the page */
+    int32_t *free_stack; /* [n_pages] free pages, the next one to hand out last */
+    int64_t n_free;
+    lco_seq *sequences; /* list */
+    int64_t tokens_appended, pages_copied;
+    size_t system_page;
+};
+
+struct lco_seq {
+    lco_kv *kv;
+    int32_t *table;
+    int64_t n_pages, capacity; /* entries in use, allocated */
+    int64_t length;
+    lco_seq *previous, *next;
+};
+
+/* page.c */
+lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err); /* count becomes 1 */
+void lco_page_share(lco_kv *kv, int32_t page);
+void lco_page_release(lco_kv *kv, int32_t page);
+void lco_page_copy(lco_kv *kv, int32_t to, int32_t from);
+
+#endif

@@ -1,0 +1,57 @@
+/* The paged key/value cache: a pool of pages, and sequences that own lists of pages.
+ *
+ * Invariants (lco_kv_check proves them)
+ * 1. Every page is free (reference count 0, on the free list once) or held (count = the number of table entries that name it).
+ * 2. A sequence of n tokens holds at least ceil(n / page_size) pages; pages past that are reserved for tokens to come.
+ * 3. Slots [length, ...) of a sequence's last page may hold anything; no reader goes past the length.
+ * 4. A page with count > 1 is never written: lco_kv_reserve copies it first (copy-on-write).
+ * 5. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
+ *    and is given back when pages are freed.
+ *
+ * States of a page: free -> (lco_kv_reserve) held -> (lco_kv_fork) shared -> (free, truncate, copy-on-write) held -> free. */
+#ifndef LCO_KV_KV_H
+#define LCO_KV_KV_H
+
+#include <stdbool.h>
+
+#include "../base/formats.h"
+#include "../base/status.h"
+
+typedef struct lco_kv lco_kv;
+typedef struct lco_seq lco_seq;
+
+typedef struct {
+    int32_t n_layers, n_kv_heads, head_dim;
+    lco_dtype dtype;
+    int32_t page_size;
+    int64_t max_tokens; /* over all sequences; rounded up to whole pages */
+} lco_kv_options;
+
+typedef struct {
+    int64_t pages_total, pages_free, pages_shared, sequences, tokens_held;
+    int64_t page_bytes, reserved_bytes, resident_bytes; /* address space; memory in use now, as the OS counts it */
+    int64_t bytes_per_token;
+    int64_t tokens_appended, pages_copied; /* since the cache was made */
+} lco_kv_stats;
+
+lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err);
+void lco_kv_destroy(lco_kv *kv); /* frees its sequences too */
+const lco_kv_options *lco_kv_get_options(const lco_kv *kv);
+lco_kv_view lco_kv_get_view(const lco_kv *kv);
+lco_kv_stats lco_kv_get_stats(const lco_kv *kv);
+lco_status lco_kv_check(const lco_kv *kv, lco_error *err);
+
+lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err);
+void lco_seq_destroy(lco_seq *seq); /* returns its pages */
+lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err);
+int64_t lco_seq_length(const lco_seq *seq);
+const int32_t *lco_seq_table(const lco_seq *seq);
+lco_kv *lco_seq_cache(const lco_seq *seq);
+
+/* Makes room for n more tokens, all or nothing: new pages at the end, and a copy of the last page when it is shared.
+ * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
+lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
+void lco_seq_commit(lco_seq *seq, int64_t n); /* n reserved tokens were written: the length grows */
+lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err); /* keeps [0, length), returns pages past it */
+
+#endif

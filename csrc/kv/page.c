@@ -1,0 +1,228 @@
+/* The pool: address space for every page from the start, memory only for pages that were written. */
+#define _GNU_SOURCE
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "../base/mem.h"
+#include "internal.h"
+
+#define MAX_PAGES INT32_MAX
+
+static lco_status check_options(const lco_kv_options *o, lco_error *err)
+{
+    if (o->page_size < 16 || o->page_size > 512 || o->page_size % 16 != 0)
+        return lco_fail(err, LCO_EINVAL, "page_size = %d, expected a multiple of 16 from 16 to 512", o->page_size);
+    if (o->max_tokens < 1)
+        return lco_fail(err, LCO_EINVAL, "max_tokens = %lld, expected at least 1", (long long)o->max_tokens);
+    if (o->n_layers < 1 || o->n_kv_heads < 1 || o->head_dim < 1)
+        return lco_fail(err, LCO_EINVAL, "a cache of %d layers, %d kv heads, head_dim %d: all must be at least 1", o->n_layers, o->n_kv_heads,
+                        o->head_dim);
+    return LCO_OK;
+}
+
+/* Bytes of a page, rounded to 64 so that every page starts on a cache line. */
+static lco_status page_bytes(const lco_kv_options *o, size_t *out, lco_error *err)
+{
+    size_t bytes = 2 * lco_dtype_bytes(o->dtype);
+    if (!lco_mul(bytes, (size_t)o->n_layers, &bytes) || !lco_mul(bytes, (size_t)o->n_kv_heads, &bytes) ||
+        !lco_mul(bytes, (size_t)o->head_dim, &bytes) || !lco_mul(bytes, (size_t)o->page_size, &bytes) || !lco_add(bytes, 63, &bytes))
+        return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", o->page_size, o->n_layers,
+                        o->n_kv_heads, o->head_dim);
+    *out = bytes & ~(size_t)63;
+    return LCO_OK;
+}
+
+lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err)
+{
+    *out = NULL;
+    size_t bytes = 0, total;
+    lco_status status = check_options(options, err);
+    if (status == LCO_OK)
+        status = page_bytes(options, &bytes, err);
+    if (status != LCO_OK)
+        return status;
+    int64_t n_pages = (options->max_tokens - 1) / options->page_size + 1;
+    if (n_pages > MAX_PAGES || !lco_mul(bytes, (size_t)n_pages, &total))
+        return lco_fail(err, LCO_EINVAL, "max_tokens = %lld needs %lld pages of %zu bytes: more than the cache can number",
+                        (long long)options->max_tokens, (long long)n_pages, bytes);
+    lco_kv *kv = lco_calloc(1, sizeof *kv);
+    if (kv == NULL)
+        return lco_fail(err, LCO_ENOMEM, "out of memory for a cache");
+    kv->options = *options;
+    kv->options.max_tokens = n_pages * options->page_size;
+    kv->page_bytes = bytes;
+    kv->n_pages = n_pages;
+    kv->system_page = (size_t)sysconf(_SC_PAGESIZE);
+    kv->refs = lco_calloc((size_t)n_pages, sizeof *kv->refs);
+    kv->free_stack = lco_calloc((size_t)n_pages, sizeof *kv->free_stack);
+    if (kv->refs == NULL || kv->free_stack == NULL) {
+        status = lco_fail(err, LCO_ENOMEM, "out of memory for the page list of max_tokens = %lld", (long long)options->max_tokens);
+        goto fail;
+    }
+    kv->base = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (kv->base == MAP_FAILED) {
+        kv->base = NULL;
+        status = lco_fail(err, LCO_ENOMEM, "address space of %zu bytes for max_tokens = %lld (%zu bytes a token) could not be reserved: %s", total,
+                          (long long)options->max_tokens, bytes / (size_t)options->page_size, strerror(errno));
+        goto fail;
+    }
+    for (int64_t i = 0; i < n_pages; i++)
+        kv->free_stack[i] = (int32_t)(n_pages - 1 - i);
+    kv->n_free = n_pages;
+    *out = kv;
+    return LCO_OK;
+fail:
+    lco_free(kv->free_stack);
+    lco_free(kv->refs);
+    lco_free(kv);
+    return status;
+}
+
+void lco_kv_destroy(lco_kv *kv)
+{
+    if (kv == NULL)
+        return;
+    while (kv->sequences != NULL)
+        lco_seq_destroy(kv->sequences);
+    munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
+    lco_free(kv->free_stack);
+    lco_free(kv->refs);
+    lco_free(kv);
+}
+
+const lco_kv_options *lco_kv_get_options(const lco_kv *kv)
+{
+    return &kv->options;
+}
+
+lco_kv_view lco_kv_get_view(const lco_kv *kv)
+{
+    const lco_kv_options *o = &kv->options;
+    return (lco_kv_view){.base = kv->base,
+                         .page_bytes = kv->page_bytes,
+                         .dtype = o->dtype,
+                         .page_size = o->page_size,
+                         .n_layers = o->n_layers,
+                         .n_kv_heads = o->n_kv_heads,
+                         .head_dim = o->head_dim};
+}
+
+lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
+{
+    if (kv->n_free == 0)
+        return lco_fail(err, LCO_EPAGES, "no free page");
+    *page = kv->free_stack[--kv->n_free];
+    assert(kv->refs[*page] == 0);
+    kv->refs[*page] = 1;
+    return LCO_OK;
+}
+
+void lco_page_share(lco_kv *kv, int32_t page)
+{
+    kv->refs[page]++;
+}
+
+/* Gives the memory of a free page back to the system: whole system pages inside it. */
+static void unmap_page(lco_kv *kv, int32_t page)
+{
+    uintptr_t mask = kv->system_page - 1;
+    uintptr_t begin = ((uintptr_t)kv->base + (size_t)page * kv->page_bytes + mask) & ~mask;
+    uintptr_t end = ((uintptr_t)kv->base + ((size_t)page + 1) * kv->page_bytes) & ~mask;
+    if (end > begin)
+        madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+void lco_page_release(lco_kv *kv, int32_t page)
+{
+    assert(kv->refs[page] > 0);
+    if (--kv->refs[page] > 0)
+        return;
+    unmap_page(kv, page);
+    kv->free_stack[kv->n_free++] = page;
+}
+
+void lco_page_copy(lco_kv *kv, int32_t to, int32_t from)
+{
+    memcpy(kv->base + (size_t)to * kv->page_bytes, kv->base + (size_t)from * kv->page_bytes, kv->page_bytes);
+    kv->pages_copied++;
+}
+
+/* Bytes of the pool that the system holds in memory now. */
+static int64_t resident_bytes(const lco_kv *kv)
+{
+    enum { STEP = 4096 };
+    unsigned char state[STEP];
+    const size_t total = kv->page_bytes * (size_t)kv->n_pages;
+    int64_t bytes = 0;
+    for (int32_t page = 0; page < kv->n_pages; page++) { /* only pages in use can be resident, but for the shared edges */
+        if (kv->refs[page] == 0)
+            continue;
+        size_t begin = (size_t)page * kv->page_bytes & ~(kv->system_page - 1);
+        size_t end = ((size_t)page + 1) * kv->page_bytes;
+        if (page + 1 < kv->n_pages && kv->refs[page + 1] > 0)
+            end &= ~(kv->system_page - 1); /* the shared system page is counted with the next page */
+        end = end < total ? end : total;
+        for (size_t at = begin; at < end; at += STEP * kv->system_page) {
+            size_t length = end - at < STEP * kv->system_page ? end - at : STEP * kv->system_page;
+            if (mincore(kv->base + at, length, state) != 0)
+                continue;
+            for (size_t i = 0; i < (length + kv->system_page - 1) / kv->system_page; i++)
+                bytes += (state[i] & 1) * (int64_t)kv->system_page;
+        }
+    }
+    return bytes;
+}
+
+lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
+{
+    lco_kv_stats s = {
+        .pages_total = kv->n_pages,
+        .pages_free = kv->n_free,
+        .page_bytes = (int64_t)kv->page_bytes,
+        .reserved_bytes = (int64_t)kv->page_bytes * kv->n_pages,
+        .resident_bytes = resident_bytes(kv),
+        .bytes_per_token = (int64_t)kv->page_bytes / kv->options.page_size,
+        .tokens_appended = kv->tokens_appended,
+        .pages_copied = kv->pages_copied,
+    };
+    for (int64_t i = 0; i < kv->n_pages; i++)
+        s.pages_shared += kv->refs[i] > 1;
+    for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
+        s.sequences++;
+        s.tokens_held += seq->length;
+    }
+    return s;
+}
+
+lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
+{
+    int32_t *counts = lco_calloc((size_t)kv->n_pages, sizeof *counts);
+    if (counts == NULL)
+        return lco_fail(err, LCO_ENOMEM, "out of memory for the check");
+    lco_status status = LCO_OK;
+    for (const lco_seq *seq = kv->sequences; seq != NULL && status == LCO_OK; seq = seq->next) {
+        if (seq->length > seq->n_pages * kv->options.page_size || seq->n_pages > seq->capacity)
+            status = lco_fail(err, LCO_EFORMAT, "a sequence of %lld tokens holds %lld pages", (long long)seq->length, (long long)seq->n_pages);
+        for (int64_t i = 0; i < seq->n_pages && status == LCO_OK; i++) {
+            if (seq->table[i] < 0 || seq->table[i] >= kv->n_pages)
+                status = lco_fail(err, LCO_EFORMAT, "table entry %lld names page %d of %lld", (long long)i, seq->table[i], (long long)kv->n_pages);
+            else
+                counts[seq->table[i]]++;
+        }
+    }
+    for (int64_t i = 0; i < kv->n_pages && status == LCO_OK; i++)
+        if (counts[i] != kv->refs[i])
+            status = lco_fail(err, LCO_EFORMAT, "page %lld has count %d but %d table entries", (long long)i, kv->refs[i], counts[i]);
+    for (int64_t i = 0; i < kv->n_free && status == LCO_OK; i++)
+        if (counts[kv->free_stack[i]]++ != 0)
+            status = lco_fail(err, LCO_EFORMAT, "page %d is on the free list and in use, or listed twice", kv->free_stack[i]);
+    for (int64_t i = 0; i < kv->n_pages && status == LCO_OK; i++)
+        if (counts[i] == 0)
+            status = lco_fail(err, LCO_EFORMAT, "page %lld is neither free nor held", (long long)i);
+    lco_free(counts);
+    return status;
+}

@@ -1,0 +1,148 @@
+/* Sequences: lists of pages, shared by reference count, copied on the first write to a shared page. */
+#include <assert.h>
+#include <string.h>
+
+#include "../base/mem.h"
+#include "internal.h"
+
+lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err)
+{
+    *out = NULL;
+    lco_seq *seq = lco_calloc(1, sizeof *seq);
+    if (seq == NULL)
+        return lco_fail(err, LCO_ENOMEM, "out of memory for a sequence");
+    seq->kv = kv;
+    seq->next = kv->sequences;
+    if (seq->next != NULL)
+        seq->next->previous = seq;
+    kv->sequences = seq;
+    *out = seq;
+    return LCO_OK;
+}
+
+static void drop_pages(lco_seq *seq, int64_t keep)
+{
+    while (seq->n_pages > keep)
+        lco_page_release(seq->kv, seq->table[--seq->n_pages]);
+}
+
+void lco_seq_destroy(lco_seq *seq)
+{
+    if (seq == NULL)
+        return;
+    drop_pages(seq, 0);
+    if (seq->previous != NULL)
+        seq->previous->next = seq->next;
+    else
+        seq->kv->sequences = seq->next;
+    if (seq->next != NULL)
+        seq->next->previous = seq->previous;
+    lco_free(seq->table);
+    lco_free(seq);
+}
+
+static lco_status grow_table(lco_seq *seq, int64_t n_pages, lco_error *err)
+{
+    if (n_pages <= seq->capacity)
+        return LCO_OK;
+    int64_t capacity = seq->capacity * 2 > n_pages ? seq->capacity * 2 : n_pages + 8;
+    int32_t *table = lco_calloc((size_t)capacity, sizeof *table);
+    if (table == NULL)
+        return lco_fail(err, LCO_ENOMEM, "out of memory for a table of %lld pages", (long long)capacity);
+    if (seq->n_pages > 0)
+        memcpy(table, seq->table, (size_t)seq->n_pages * sizeof *table);
+    lco_free(seq->table);
+    seq->table = table;
+    seq->capacity = capacity;
+    return LCO_OK;
+}
+
+static int64_t pages_for(const lco_seq *seq, int64_t tokens)
+{
+    return (tokens + seq->kv->options.page_size - 1) / seq->kv->options.page_size;
+}
+
+lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
+{
+    lco_seq *copy;
+    lco_status status = lco_seq_create(seq->kv, &copy, err);
+    if (status != LCO_OK)
+        return status;
+    int64_t n = pages_for(seq, seq->length); /* reserved pages past the length are not shared */
+    status = grow_table(copy, n, err);
+    if (status != LCO_OK) {
+        lco_seq_destroy(copy);
+        *out = NULL;
+        return status;
+    }
+    for (; copy->n_pages < n; copy->n_pages++) {
+        copy->table[copy->n_pages] = seq->table[copy->n_pages];
+        lco_page_share(seq->kv, copy->table[copy->n_pages]);
+    }
+    copy->length = seq->length;
+    *out = copy;
+    return LCO_OK;
+}
+
+int64_t lco_seq_length(const lco_seq *seq)
+{
+    return seq->length;
+}
+
+const int32_t *lco_seq_table(const lco_seq *seq)
+{
+    return seq->table;
+}
+
+lco_kv *lco_seq_cache(const lco_seq *seq)
+{
+    return seq->kv;
+}
+
+lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
+{
+    lco_kv *kv = seq->kv;
+    const int32_t page_size = kv->options.page_size;
+    if (n < 0 || n > INT64_MAX / 4)
+        return lco_fail(err, LCO_EINVAL, "room for %lld tokens was asked for", (long long)n);
+    int64_t want = pages_for(seq, seq->length + n);
+    int64_t open = seq->length / page_size; /* index of the page that the next token goes to */
+    bool copy = n > 0 && open < seq->n_pages && kv->refs[seq->table[open]] > 1;
+    int64_t needed = (want > seq->n_pages ? want - seq->n_pages : 0) + copy;
+    if (needed > kv->n_free)
+        return lco_fail(err, LCO_EPAGES,
+                        "the cache is full: %lld more tokens need %lld pages of %d tokens, %lld of %lld are free; raise max_tokens (now %lld) "
+                        "or free sequences",
+                        (long long)n, (long long)needed, page_size, (long long)kv->n_free, (long long)kv->n_pages,
+                        (long long)kv->options.max_tokens);
+    lco_status status = grow_table(seq, want, err);
+    if (status != LCO_OK)
+        return status;
+    if (copy) {
+        int32_t page = 0;
+        lco_page_take(kv, &page, NULL);
+        lco_page_copy(kv, page, seq->table[open]);
+        lco_page_release(kv, seq->table[open]);
+        seq->table[open] = page;
+    }
+    for (; seq->n_pages < want; seq->n_pages++)
+        lco_page_take(kv, &seq->table[seq->n_pages], NULL);
+    return LCO_OK;
+}
+
+void lco_seq_commit(lco_seq *seq, int64_t n)
+{
+    assert(n >= 0 && seq->length + n <= seq->n_pages * seq->kv->options.page_size);
+    seq->length += n;
+    seq->kv->tokens_appended += n;
+}
+
+lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
+{
+    if (length < 0 || length > seq->length)
+        return lco_fail(err, LCO_EINVAL, "truncate to %lld tokens, expected 0 to the sequence's length %lld", (long long)length,
+                        (long long)seq->length);
+    seq->length = length;
+    drop_pages(seq, pages_for(seq, length));
+    return LCO_OK;
+}

@@ -1,0 +1,198 @@
+#include "dequant.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "../ops/ref/convert.h"
+
+#define LARGEST_BLOCK 256
+
+typedef void (*block_decoder)(const uint8_t *block, float *out);
+
+static inline float half_at(const uint8_t *p) { return lco_f16_to_f32((uint16_t)(p[0] | p[1] << 8)); }
+
+static inline uint32_t word_at(const uint8_t *p)
+{
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+/* Byte i of the nibbles holds value i below and value i + 16 above. */
+static void decode_q4_0(const uint8_t *block, float *out)
+{
+    const float d = half_at(block);
+    for (int i = 0; i < 16; i++) {
+        out[i] = d * (float)((block[2 + i] & 15) - 8);
+        out[i + 16] = d * (float)((block[2 + i] >> 4) - 8);
+    }
+}
+
+static void decode_q4_1(const uint8_t *block, float *out)
+{
+    const float d = half_at(block), m = half_at(block + 2);
+    for (int i = 0; i < 16; i++) {
+        out[i] = d * (float)(block[4 + i] & 15) + m;
+        out[i + 16] = d * (float)(block[4 + i] >> 4) + m;
+    }
+}
+
+static void decode_q5_0(const uint8_t *block, float *out)
+{
+    const float d = half_at(block);
+    const uint32_t fifth = word_at(block + 2);
+    for (int i = 0; i < 16; i++) {
+        int low = (block[6 + i] & 15) | (int)(fifth >> i & 1) << 4, high = block[6 + i] >> 4 | (int)(fifth >> (i + 16) & 1) << 4;
+        out[i] = d * (float)(low - 16);
+        out[i + 16] = d * (float)(high - 16);
+    }
+}
+
+static void decode_q5_1(const uint8_t *block, float *out)
+{
+    const float d = half_at(block), m = half_at(block + 2);
+    const uint32_t fifth = word_at(block + 4);
+    for (int i = 0; i < 16; i++) {
+        int low = (block[8 + i] & 15) | (int)(fifth >> i & 1) << 4, high = block[8 + i] >> 4 | (int)(fifth >> (i + 16) & 1) << 4;
+        out[i] = d * (float)low + m;
+        out[i + 16] = d * (float)high + m;
+    }
+}
+
+static void decode_q8_0(const uint8_t *block, float *out)
+{
+    const float d = half_at(block);
+    for (int i = 0; i < 32; i++)
+        out[i] = d * (float)(int8_t)block[2 + i];
+}
+
+/* Scale and minimum of group g (0..7), 6 bits each: the first four lie in the low bits of bytes 0-3 and 4-7; of the others, the low four bits
+ * are the nibbles of bytes 8-11 and the high two bits sit above the first four's. */
+static inline void k_scale(const uint8_t *s, int g, int *scale, int *min)
+{
+    if (g < 4) {
+        *scale = s[g] & 63;
+        *min = s[g + 4] & 63;
+    } else {
+        *scale = (s[g + 4] & 15) | (s[g - 4] >> 6) << 4;
+        *min = s[g + 4] >> 4 | (s[g] >> 6) << 4;
+    }
+}
+
+/* Groups come in pairs: 32 bytes hold group 2p in the low and group 2p + 1 in the high nibbles. `fifth` (or NULL): bit g of byte i is the
+ * fifth bit of value i of group g. */
+static inline void decode_k(const uint8_t *block, const uint8_t *nibbles, const uint8_t *fifth, float *out)
+{
+    const float d = half_at(block), m = half_at(block + 2);
+    for (int g = 0; g < 8; g++) {
+        int scale, min;
+        k_scale(block + 4, g, &scale, &min);
+        const float step = d * (float)scale, shift = m * (float)min;
+        const uint8_t *q = nibbles + 32 * (g / 2);
+        const int right = 4 * (g & 1);
+        for (int i = 0; i < 32; i++) {
+            int code = q[i] >> right & 15;
+            if (fifth != NULL)
+                code |= (fifth[i] >> g & 1) << 4;
+            out[32 * g + i] = step * (float)code - shift;
+        }
+    }
+}
+
+static void decode_q4_k(const uint8_t *block, float *out) { decode_k(block, block + 16, NULL, out); }
+
+static void decode_q5_k(const uint8_t *block, float *out) { decode_k(block, block + 48, block + 16, out); }
+
+/* Each half of 128 values: 64 bytes of low nibbles (values 0-63 low, 64-127 high), 32 bytes of high bits (values i, i+32, i+64, i+96). */
+static void decode_q6_k(const uint8_t *block, float *out)
+{
+    const float d = half_at(block + 208);
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *low = block + 64 * half, *high = block + 128 + 32 * half, *scales = block + 192 + 8 * half;
+        for (int part = 0; part < 4; part++) {
+            for (int i = 0; i < 32; i++) {
+                int nibble = low[32 * (part & 1) + i] >> 4 * (part >> 1) & 15;
+                int code = nibble | (high[i] >> 2 * part & 3) << 4;
+                float step = d * (float)(int8_t)scales[2 * part + i / 16];
+                out[128 * half + 32 * part + i] = step * (float)(code - 32);
+            }
+        }
+    }
+}
+
+static block_decoder decoder_of(int type, int64_t *values, size_t *bytes)
+{
+    static const struct {
+        int type, values;
+        size_t bytes;
+        block_decoder decode;
+    } known[] = {
+        {LCO_Q4_0, 32, 18, decode_q4_0},   {LCO_Q4_1, 32, 20, decode_q4_1},   {LCO_Q5_0, 32, 22, decode_q5_0},
+        {LCO_Q5_1, 32, 24, decode_q5_1},   {LCO_Q8_0, 32, 34, decode_q8_0},   {LCO_Q4_K, 256, 144, decode_q4_k},
+        {LCO_Q5_K, 256, 176, decode_q5_k}, {LCO_Q6_K, 256, 210, decode_q6_k},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
+        if (known[i].type == type) {
+            *values = known[i].values;
+            *bytes = known[i].bytes;
+            return known[i].decode;
+        }
+    return NULL;
+}
+
+/* Magnitudes from here on round to infinity (or beyond float16's 65504). */
+static float limit_of(lco_dtype dtype)
+{
+    if (dtype == LCO_F16)
+        return 65520.0f;
+    return dtype == LCO_BF16 ? lco_float_of_bits(0x7F7F8000u) : INFINITY;
+}
+
+/* Stores x[n] from element `at` on; returns how many values the type cannot hold. */
+static int64_t store(const float *x, int64_t n, lco_dtype dtype, void *out, int64_t at, float limit)
+{
+    int32_t lost = 0;
+    for (int64_t i = 0; i < n; i++)
+        lost += !(fabsf(x[i]) < limit);
+    if (dtype == LCO_F32) {
+        memcpy((float *)out + at, x, (size_t)n * sizeof *x);
+    } else if (dtype == LCO_F16) {
+        for (int64_t i = 0; i < n; i++)
+            ((uint16_t *)out)[at + i] = lco_f32_to_f16(x[i]);
+    } else {
+        for (int64_t i = 0; i < n; i++)
+            ((uint16_t *)out)[at + i] = lco_f32_to_bf16(x[i]);
+    }
+    return lost;
+}
+
+lco_status lco_dequantize(int type, const void *blocks, size_t bytes, lco_dtype dtype, void *out, int64_t n, int64_t *lost, lco_error *err)
+{
+    int64_t values;
+    size_t block_bytes;
+    block_decoder decode = decoder_of(type, &values, &block_bytes);
+    if (decode == NULL)
+        return lco_fail(err, LCO_EUNSUPPORTED, "GGUF block type %d is not implemented", type);
+    if (n < 0 || n % values != 0 || bytes % block_bytes != 0 || (int64_t)(bytes / block_bytes) != n / values)
+        return lco_fail(err, LCO_EINVAL, "%zu bytes of GGUF block type %d do not hold %lld values (%lld in %zu bytes each)", bytes, type,
+                        (long long)n, (long long)values, block_bytes);
+    const float limit = limit_of(dtype);
+    float buffer[LARGEST_BLOCK];
+    *lost = 0;
+    for (int64_t i = 0; i < n / values; i++) {
+        decode((const uint8_t *)blocks + (size_t)i * block_bytes, buffer);
+        *lost += store(buffer, values, dtype, out, i * values, limit);
+    }
+    return LCO_OK;
+}
+
+void lco_convert(lco_dtype from, const void *in, lco_dtype to, void *out, int64_t n, int64_t *lost)
+{
+    const float limit = limit_of(to);
+    float buffer[LARGEST_BLOCK];
+    *lost = 0;
+    for (int64_t at = 0; at < n; at += LARGEST_BLOCK) {
+        const int64_t count = n - at < LARGEST_BLOCK ? n - at : LARGEST_BLOCK;
+        for (int64_t i = 0; i < count; i++)
+            buffer[i] = lco_element(in, at + i, from);
+        *lost += store(buffer, count, to, out, at, limit);
+    }
+}

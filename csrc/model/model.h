@@ -1,0 +1,81 @@
+/* A Llama-family model: shape, weights by name, and the forward pass over a ragged batch.
+ *
+ * Weights are borrowed: the tensors given to lco_model_create must outlive the model (the Python layer keeps the mapped files alive). */
+#ifndef LCO_MODEL_MODEL_H
+#define LCO_MODEL_MODEL_H
+
+#include <stdbool.h>
+
+#include "../kv/kv.h"
+#include "../ops/ops.h"
+
+typedef enum { LCO_ROPE_DEFAULT = 0, LCO_ROPE_LINEAR, LCO_ROPE_DYNAMIC, LCO_ROPE_YARN, LCO_ROPE_LLAMA3, LCO_ROPE_LONGROPE } lco_rope_kind;
+
+typedef struct {
+    lco_rope_kind kind;
+    double theta, factor;
+    double original_max;                  /* positions the model was trained with before scaling (all kinds but default and linear) */
+    double low_freq_factor, high_freq_factor; /* llama3 */
+    double beta_fast, beta_slow;          /* yarn */
+    bool truncate;                        /* yarn: round the ramp's ends to whole dimensions */
+    double attention_factor;              /* multiplies cos and sin (yarn, longrope); already resolved to a number */
+    const double *short_factor, *long_factor; /* longrope: head_dim / 2 each */
+} lco_rope_config;
+
+typedef struct {
+    int32_t vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim;
+    double rms_norm_eps;
+    bool qk_norm;            /* RMSNorm of every q and k head before rope (Qwen3) */
+    bool tied_head;          /* lm_head is the embedding */
+    int64_t max_positions;   /* longest sequence */
+    const int32_t *window;   /* [n_layers], 0: full attention; NULL: all full */
+    lco_rope_config rope;
+} lco_model_config;
+
+/* A named array of the checkpoint. Names are Hugging Face's ("model.layers.0.self_attn.q_proj.weight"). */
+typedef struct {
+    const char *name;
+    const void *data;
+    lco_dtype dtype;
+    int32_t rank;
+    int64_t shape[4];
+} lco_tensor;
+
+typedef struct lco_model lco_model;
+
+typedef struct {
+    int threads;     /* 0: all this process may use */
+    const char *isa; /* NULL: best, or LLMCOOPT_ISA */
+} lco_model_options;
+
+/* Binds tensors by name and checks every shape. LCO_EFORMAT names the tensor, what was found and what was expected.
+ * Bias tensors are used where present. Tensors that no part of the model asks for are an error. */
+lco_status lco_model_create(const lco_model_config *config, const lco_tensor *tensors, int64_t n_tensors, const lco_model_options *options,
+                            lco_model **out, lco_error *err);
+void lco_model_destroy(lco_model *model);
+const lco_model_config *lco_model_get_config(const lco_model *model);
+const lco_ops *lco_model_ops(const lco_model *model);
+int lco_model_threads(const lco_model *model);
+size_t lco_model_scratch_bytes(const lco_model *model);
+
+/* A ragged batch: prompt items first, then decode items; rows in item order. Checked by lco_batch_check, trusted below. */
+typedef struct {
+    const int32_t *ids;  /* [n_rows] */
+    const lco_item *items;
+    int64_t n_items, n_rows;
+    const int64_t *logit_rows; /* rows whose logits are asked, ascending; NULL with n_logits == n_rows: all */
+    int64_t n_logits;
+} lco_batch;
+
+/* LCO_EINVAL when the cache was made for another shape. */
+lco_status lco_model_fits(const lco_model *model, const lco_kv *kv, lco_error *err);
+lco_status lco_batch_check(const lco_model *model, const lco_kv *kv, const lco_batch *batch, lco_error *err);
+
+/* One step: reads and appends the cache, writes logits[n_logits, vocab_size] float32. The caller reserved the pages and commits afterwards.
+ * NaN logits are the caller's to find. One caller at a time per model. */
+lco_status lco_llama_forward(lco_model *model, lco_kv *kv, const lco_batch *batch, float *logits, lco_error *err);
+
+/* cos and sin of every row and pair: [n_rows, head_dim / 2] each. */
+void lco_rope_tables(const lco_rope_config *rope, int32_t head_dim, const lco_item *items, int64_t n_items, float *cos, float *sin);
+
+#endif

@@ -1,0 +1,112 @@
+/* linear with AMX: prompt rows of bfloat16 weights by tiles.
+ *
+ * A tile product adds A [16 weight rows][32 of k] . B [16 pairs of k][16 rows of x] to C [16 weight rows][16 rows of x]: weight rows are an A
+ * operand as they lie, packed x is a B operand as it lies. Two A and two B tiles give four products for four loads:
+ *   tiles 0..3: C (2 x 2), 4..5: A, 6..7: B
+ * gcc 12 does not know that tile loads read memory and that ldtilecfg reads 64 bytes: fences keep the stores before them in place. */
+#include "../simd/linear_bf16.h"
+
+#define TILE 16 /* rows of a tile, and units in one of its rows */
+#define FENCE() __asm__ volatile("" ::: "memory")
+
+static void tiles_begin(void)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    _Static_assert(sizeof config == 64, "ldtilecfg reads 64 bytes");
+    for (int i = 0; i < 8; i++) {
+        config.row_bytes[i] = TILE * 4;
+        config.rows[i] = TILE;
+    }
+    FENCE();
+    _tile_loadconfig(&config);
+    FENCE();
+}
+
+static void tiles_end(void)
+{
+    _tile_release();
+}
+
+#define SUMS_AT(panel, half) (sums + (((panel) * ITEM_ROWS) + (half) * TILE) * VL)
+
+static void product_2x2(float *sums, const uint32_t *x, const uint32_t *w, int64_t n_units, bool first)
+{
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, SUMS_AT(0, 0), VL * 4);
+        _tile_loadd(1, SUMS_AT(1, 0), VL * 4);
+        _tile_loadd(2, SUMS_AT(0, 1), VL * 4);
+        _tile_loadd(3, SUMS_AT(1, 1), VL * 4);
+    }
+    for (int64_t u = 0; u < n_units; u += TILE) {
+        _tile_loadd(4, w + u, ROW_UNITS * 4);
+        _tile_loadd(6, x + u * VL, VL * 4);
+        _tile_loadd(7, x + (n_units + u) * VL, VL * 4);
+        _tile_loadd(5, w + TILE * ROW_UNITS + u, ROW_UNITS * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, SUMS_AT(0, 0), VL * 4);
+    _tile_stored(1, SUMS_AT(1, 0), VL * 4);
+    _tile_stored(2, SUMS_AT(0, 1), VL * 4);
+    _tile_stored(3, SUMS_AT(1, 1), VL * 4);
+}
+
+/* The last panel of an odd count. */
+static void product_2x1(float *sums, const uint32_t *x, const uint32_t *w, int64_t n_units, bool first)
+{
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(2);
+    } else {
+        _tile_loadd(0, SUMS_AT(0, 0), VL * 4);
+        _tile_loadd(2, SUMS_AT(0, 1), VL * 4);
+    }
+    for (int64_t u = 0; u < n_units; u += TILE) {
+        _tile_loadd(6, x + u * VL, VL * 4);
+        _tile_loadd(4, w + u, ROW_UNITS * 4);
+        _tile_loadd(5, w + TILE * ROW_UNITS + u, ROW_UNITS * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, SUMS_AT(0, 0), VL * 4);
+    _tile_stored(2, SUMS_AT(0, 1), VL * 4);
+}
+
+static void multiply_tiles(float *sums, const uint32_t *x, const uint32_t *w, int64_t panels, int64_t rows, int64_t n_units, bool first)
+{
+    FENCE();
+    for (int64_t i = 0; i < rows; i += 2 * TILE) {
+        for (int64_t panel = 0; panel < panels; panel += 2) {
+            float *to = sums + (panel * ITEM_ROWS + i) * VL;
+            const uint32_t *xs = x + panel * n_units * VL, *ws = w + i * ROW_UNITS;
+            if (panels - panel >= 2)
+                product_2x2(to, xs, ws, n_units, first);
+            else
+                product_2x1(to, xs, ws, n_units, first);
+        }
+    }
+    FENCE();
+}
+
+lco_status lco_amx_linear(const lco_linear_args *a)
+{
+    static const prompt_kernel KERNEL = {.per_unit = 2,
+                                         .row_step = 2 * TILE,
+                                         .pack_x = pack_x_bf16,
+                                         .copy_w = copy_w_bf16,
+                                         .multiply = multiply_tiles,
+                                         .begin = tiles_begin,
+                                         .end = tiles_end};
+    return linear_bf16(a, &KERNEL);
+}

@@ -1,0 +1,6 @@
+#include "../simd/attention.h"
+
+lco_status lco_avx512_attention(const lco_attention_args *args)
+{
+    return attention(args);
+}

@@ -1,0 +1,31 @@
+/* The operators that the tables of select.c name. Files: ref/<op>.c, avx2/<op>.c, avx512/<op>.c, amx/<op>.c. */
+#ifndef LCO_OPS_IMPL_H
+#define LCO_OPS_IMPL_H
+
+#include "ops.h"
+
+lco_status lco_ref_embed(const lco_embed_args *);
+lco_status lco_ref_rmsnorm(const lco_rmsnorm_args *);
+lco_status lco_ref_linear(const lco_linear_args *);
+lco_status lco_ref_swiglu(const lco_swiglu_args *);
+lco_status lco_ref_rope_append(const lco_rope_append_args *);
+lco_status lco_ref_attention(const lco_attention_args *);
+
+#if defined(__x86_64__)
+lco_status lco_avx2_rmsnorm(const lco_rmsnorm_args *);
+lco_status lco_avx2_linear(const lco_linear_args *);
+lco_status lco_avx2_swiglu(const lco_swiglu_args *);
+lco_status lco_avx2_rope_append(const lco_rope_append_args *);
+lco_status lco_avx2_attention(const lco_attention_args *);
+
+lco_status lco_avx512_rmsnorm(const lco_rmsnorm_args *);
+lco_status lco_avx512_linear(const lco_linear_args *); /* float32 products everywhere */
+lco_status lco_avx512_swiglu(const lco_swiglu_args *);
+lco_status lco_avx512_rope_append(const lco_rope_append_args *);
+lco_status lco_avx512_attention(const lco_attention_args *);
+
+lco_status lco_avx512_linear_bf16(const lco_linear_args *); /* prompt rows of bfloat16 weights by vdpbf16ps */
+lco_status lco_amx_linear(const lco_linear_args *);         /* the same by bf16 tiles */
+#endif
+
+#endif

@@ -1,0 +1,128 @@
+/* THE CONTRACT. Everything that computes implements these operators; the model above knows nothing else.
+ *
+ * - Activations are float32, row-major. Weights are float32, float16 or bfloat16, row-major [n, k] (a row per output), at any address that is
+ *   a multiple of their element size.
+ * - Arguments are one zero-initialised struct per op: out, in, weights, sizes, then `exec` (threads and scratch).
+ * - Shapes were checked when the model and the batch were built; ops assert, they do not check. They fail only for want of scratch (LCO_ENOMEM).
+ * - The result of a row never depends on the other rows of the call nor on the number of threads: sums run in a fixed order per output.
+ *   An op may use one arithmetic for rows of a prompt (rows [0, m_prompt), many at once) and another for decode rows; a row's kind is fixed by
+ *   the batch, so the same token of the same sequence is always computed alike.
+ * - `ref` is the oracle: float32 weights as they are, sums in double. Other tables overlay hot ops only. */
+#ifndef LCO_OPS_H
+#define LCO_OPS_H
+
+#include "../base/formats.h"
+#include "../base/mem.h"
+#include "../base/status.h"
+#include "../base/threads.h"
+
+typedef struct {
+    lco_pool *pool;
+    lco_arena *scratch; /* ops take from it in the calling thread and reset to their mark before they return */
+} lco_exec;
+
+/* embed: out[i, :] = float(table[ids[i], :]).  ids in [0, n_rows). */
+typedef struct {
+    float *out;         /* [m, k] */
+    const int32_t *ids; /* [m] */
+    const void *table;  /* [n_rows, k] */
+    lco_dtype dtype;
+    int64_t m, k;
+    const lco_exec *exec;
+} lco_embed_args;
+
+/* rmsnorm: out[i, :] = x[i, :] / sqrt(mean(x[i, :]^2) + eps) * weight.  Rows are ld apart; out may be x. */
+typedef struct {
+    float *out;          /* [m, k], row stride ld_out */
+    const float *x;      /* [m, k], row stride ld_x */
+    const float *weight; /* [k] */
+    int64_t m, k, ld_out, ld_x;
+    float eps;
+    const lco_exec *exec;
+} lco_rmsnorm_args;
+
+/* linear: for every part p, out_p[i, j] = sum_k x[i, k] * w_p[j, k] (+ bias_p[j]) (+ out_p[i, j] when accumulate).
+ * Parts share x (q, k, v; gate, up). out may not alias x.
+ * Rows [0, m_prompt) are prompt rows: on machines with bf16 dot products and bfloat16 weights, x is rounded to bfloat16 there (nearest even),
+ * products summed in float32. Rows [m_prompt, m) are decode rows: x stays float32. */
+#define LCO_LINEAR_PARTS 3
+typedef struct {
+    float *out;
+    int64_t ld_out;
+    const void *w; /* [n, k] */
+    lco_dtype dtype;
+    const float *bias; /* [n] or NULL */
+    int64_t n;
+} lco_linear_part;
+typedef struct {
+    lco_linear_part part[LCO_LINEAR_PARTS];
+    int n_parts;
+    bool accumulate;
+    const float *x; /* [m, k], row stride ld_x */
+    int64_t m, m_prompt, k, ld_x;
+    const lco_exec *exec;
+} lco_linear_args;
+
+/* swiglu: out = silu(gate) * up, element by element; silu(z) = z / (1 + exp(-z)).  out may be gate or up. All contiguous [m, n]. */
+typedef struct {
+    float *out;
+    const float *gate, *up;
+    int64_t m, n;
+    const lco_exec *exec;
+} lco_swiglu_args;
+
+/* One sequence's share of a ragged batch: rows [row, row + len) are its tokens at positions [pos, pos + len).
+ * Position t lies in page table[t / page_size], slot t % page_size. Attention of these rows reads positions [0, pos + len).
+ * Prompt items come first in a batch, then decode items (len == 1 there). */
+typedef struct {
+    const int32_t *table; /* page numbers, at least ceil((pos + len) / page_size) */
+    int64_t row, len, pos;
+    int64_t rope_length; /* sequence length that length-dependent rope kinds use for these rows */
+    bool prompt;
+} lco_item;
+
+/* rope_append: rotates q and k in place by position (rotate-half: pairs i and i + head_dim/2, as Hugging Face checkpoints are stored) and
+ * writes k and v of every row to the cache (rounded to its element type: nearest even; float16 saturates at +-65504, NaN stays NaN).
+ * cos/sin hold one row per batch row. */
+typedef struct {
+    float *q;              /* [m, n_heads, head_dim], row stride ld_q; rotated in place */
+    float *k;              /* [m, n_kv_heads, head_dim], row stride ld_kv; rotated in place */
+    const float *v;        /* [m, n_kv_heads, head_dim], row stride ld_kv */
+    const float *cos, *sin; /* [m, head_dim / 2] */
+    const lco_kv_view *kv;
+    const lco_item *items;
+    int64_t n_items, layer, n_heads, ld_q, ld_kv;
+    const lco_exec *exec;
+} lco_rope_append_args;
+
+/* attention: out[i, h, :] = sum_t softmax_t(scale * q[i, h, :] . K[t, g, :]) * V[t, g, :], g = h / (n_heads / n_kv_heads),
+ * over positions t with t <= position(i) and, when window > 0, t > position(i) - window.  Scores are masked with true -inf; slots of a page past
+ * the sequence's length are never read (they may hold anything, NaN included). Row i's own key is in the cache already. */
+typedef struct {
+    float *out;     /* [m, n_heads, head_dim], row stride ld_out */
+    const float *q; /* [m, n_heads, head_dim], row stride ld_q */
+    const lco_kv_view *kv;
+    const lco_item *items;
+    int64_t n_items, layer, n_heads, ld_out, ld_q, window;
+    float scale;
+    const lco_exec *exec;
+} lco_attention_args;
+
+typedef struct {
+    const char *name;   /* "ref", "avx2", "avx512", "amx" */
+    const char *detail; /* features in use, for people: "AVX-512 BF16" */
+    lco_status (*embed)(const lco_embed_args *);
+    lco_status (*rmsnorm)(const lco_rmsnorm_args *);
+    lco_status (*linear)(const lco_linear_args *);
+    lco_status (*swiglu)(const lco_swiglu_args *);
+    lco_status (*rope_append)(const lco_rope_append_args *);
+    lco_status (*attention)(const lco_attention_args *);
+} lco_ops;
+
+/* The table for an instruction set: `isa` is "ref", "avx2", "avx512", "amx", or NULL for the best this CPU has (or LLMCOOPT_ISA says).
+ * LCO_EINVAL for an unknown name, LCO_EUNSUPPORTED when the CPU lacks it; the message lists what it has. */
+lco_status lco_ops_select(const char *isa, const lco_ops **out, lco_error *err);
+/* Names this machine can run, best last: fills up to `cap`, returns the count. */
+int lco_ops_available(const char **names, int cap);
+
+#endif

@@ -1,0 +1,75 @@
+#include <math.h>
+
+#include "../impl.h"
+#include "convert.h"
+
+typedef struct {
+    const lco_attention_args *args;
+    const lco_item *item;
+    double *scratch; /* [threads, stride]: probabilities of all positions, then one sum per dimension */
+    int64_t stride;
+} attention_job;
+
+static const uint8_t *head_row(const attention_job *job, int64_t position, int64_t which, int64_t head)
+{
+    const lco_kv_view *kv = job->args->kv;
+    const uint8_t *codes = lco_kv_codes(kv, job->item->table[position / kv->page_size], job->args->layer, which, head);
+    return codes + (size_t)(position % kv->page_size) * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
+}
+
+/* One query row of one head: scores, softmax, weighted sum of the values, as the formula is written. */
+static void attend(const attention_job *job, const float *q, float *out, int64_t position, int64_t kv_head, double *p)
+{
+    const lco_kv_view *kv = job->args->kv;
+    double *sum = p + job->item->pos + job->item->len;
+    int64_t first = job->args->window > 0 && position >= job->args->window ? position - job->args->window + 1 : 0;
+    double largest = -INFINITY, total = 0;
+    for (int64_t t = first; t <= position; t++) {
+        const uint8_t *key = head_row(job, t, LCO_KEY, kv_head);
+        p[t] = 0;
+        for (int64_t j = 0; j < kv->head_dim; j++)
+            p[t] += (double)q[j] * lco_element(key, j, kv->dtype);
+        p[t] *= job->args->scale;
+        largest = p[t] > largest ? p[t] : largest;
+    }
+    for (int64_t j = 0; j < kv->head_dim; j++)
+        sum[j] = 0;
+    for (int64_t t = first; t <= position; t++) {
+        const uint8_t *value = head_row(job, t, LCO_VALUE, kv_head);
+        p[t] = exp(p[t] - largest);
+        total += p[t];
+        for (int64_t j = 0; j < kv->head_dim; j++)
+            sum[j] += p[t] * lco_element(value, j, kv->dtype);
+    }
+    for (int64_t j = 0; j < kv->head_dim; j++)
+        out[j] = (float)(sum[j] / total);
+}
+
+static void attention_row_heads(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    const attention_job *job = ctx;
+    const lco_attention_args *a = job->args;
+    const int64_t group = a->n_heads / a->kv->n_kv_heads, d = a->kv->head_dim;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t token = i / a->n_heads, head = i % a->n_heads, row = job->item->row + token;
+        attend(job, a->q + row * a->ld_q + head * d, a->out + row * a->ld_out + head * d, job->item->pos + token, head / group,
+               job->scratch + thread * job->stride);
+    }
+}
+
+lco_status lco_ref_attention(const lco_attention_args *args)
+{
+    lco_arena *scratch = args->exec->scratch;
+    lco_mark mark = lco_arena_mark(scratch);
+    size_t threads = (size_t)lco_pool_size(args->exec->pool);
+    for (int64_t n = 0; n < args->n_items; n++) {
+        attention_job job = {.args = args, .item = &args->items[n]};
+        job.stride = job.item->pos + job.item->len + args->kv->head_dim;
+        job.scratch = lco_arena_take(scratch, threads * (size_t)job.stride * sizeof(double));
+        if (job.scratch == NULL)
+            return LCO_ENOMEM;
+        lco_pool_for(args->exec->pool, job.item->len * args->n_heads, 4, attention_row_heads, &job);
+        lco_arena_reset(scratch, mark);
+    }
+    return LCO_OK;
+}

@@ -1,0 +1,204 @@
+/* Attention over vec.h: the work split. The arithmetic is in attention_decode.h and attention_prompt.h.
+ *
+ * A unit of work is
+ *   prompt item: a few query tokens of one kv head with all positions they see; written to out at once;
+ *   decode item: a split (a run of pages) for a range of kv heads; leaves (largest score, sum, weighted values) per query head.
+ * Splits depend on the item's positions alone, and a second pass merges them in order. So a row's result depends neither on the number
+ * of threads nor on the rest of the batch. Head ranges and token blocks only share loads; no result depends on them. */
+#include <math.h>
+
+#include "../impl.h"
+#include "vec.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define BLOCK 64 /* positions whose scores are held at once */
+#define MAX_SPLITS 16
+#define MIN_SPLIT 512 /* positions */
+
+enum { UNITS_PER_THREAD = 8, PROMPT_ROWS = 96 };
+
+typedef struct {
+    const lco_item *item;
+    int64_t first, count; /* prompt: tokens of the item; decode: indexes into its page table */
+    int64_t head, heads;  /* kv heads */
+    float *part;          /* decode: where the split's partial results go */
+} unit;
+
+/* Partial results of one split: weighted values [n_heads, d_pad], then the largest scores and the sums, [n_heads] each. */
+typedef struct {
+    const lco_item *item;
+    float *parts;
+    int64_t n_splits;
+} merge_item;
+
+typedef struct {
+    const lco_attention_args *args;
+    unit *units;
+    merge_item *merges;
+    int64_t n_units, n_merges, group, d_pad, part_stride;
+    float *scratch; /* [threads, scratch_stride] */
+    int64_t scratch_stride;
+} attention_job;
+
+/* e^a for one number, the same bits as in a vector. */
+INLINE float exp_one(float a)
+{
+    float e[VL];
+    v_store(e, v_exp(v_set(a)));
+    return e[0];
+}
+
+static int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+/* First position that a query at `position` sees. */
+static int64_t first_seen(const lco_attention_args *a, int64_t position)
+{
+    return a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
+}
+
+#include "attention_decode.h"
+#include "attention_prompt.h"
+
+static void run_units(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    const attention_job *job = ctx;
+    float *scratch = job->scratch + thread * job->scratch_stride;
+    for (int64_t i = begin; i < end; i++) {
+        if (job->units[i].item->prompt)
+            prompt_unit(job, &job->units[i], scratch);
+        else
+            decode_unit(job, &job->units[i], scratch);
+    }
+}
+
+/* Sums the splits of (item, query head) pairs in order. */
+static void merge_heads(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    (void)thread;
+    const attention_job *job = ctx;
+    const lco_attention_args *a = job->args;
+    const int64_t d = a->kv->head_dim, n_heads = a->n_heads;
+    for (int64_t i = begin; i < end; i++) {
+        const merge_item *merge = &job->merges[i / n_heads];
+        const int64_t head = i % n_heads, largest_at = n_heads * job->d_pad + head;
+        float weight[MAX_SPLITS], largest = -INFINITY, total = 0;
+        for (int64_t s = 0; s < merge->n_splits; s++) {
+            float m = merge->parts[s * job->part_stride + largest_at];
+            largest = m > largest ? m : largest;
+        }
+        for (int64_t s = 0; s < merge->n_splits; s++) {
+            const float *part = merge->parts + s * job->part_stride;
+            weight[s] = exp_one(part[largest_at] - largest);
+            total += weight[s] * part[largest_at + n_heads];
+        }
+        float *out = a->out + merge->item->row * a->ld_out + head * d;
+        for (int64_t j = 0; j < d; j += VL) {
+            vf sum = v_zero();
+            for (int64_t s = 0; s < merge->n_splits; s++)
+                sum = v_fma(v_set(weight[s]), v_load(merge->parts + s * job->part_stride + head * job->d_pad + j), sum);
+            v_store_n(out + j, v_div(sum, v_set(total)), d - j < VL ? d - j : VL);
+        }
+    }
+}
+
+/* Pages that a decode item reads, and how they are split. */
+typedef struct {
+    int64_t first, count, per_split, n_splits;
+} split_plan;
+
+static split_plan plan_splits(const lco_attention_args *a, const lco_item *item)
+{
+    const int64_t page_size = a->kv->page_size;
+    split_plan plan = {.first = first_seen(a, item->pos) / page_size};
+    plan.count = item->pos / page_size + 1 - plan.first;
+    int64_t least = (MIN_SPLIT + page_size - 1) / page_size, even = (plan.count + MAX_SPLITS - 1) / MAX_SPLITS;
+    plan.per_split = even > least ? even : least;
+    plan.n_splits = (plan.count + plan.per_split - 1) / plan.per_split;
+    return plan;
+}
+
+/* Ranges of kv heads that each split is cut into: enough for all threads. */
+static int64_t head_ranges(const attention_job *job, int64_t n_splits)
+{
+    const int64_t n_kv = job->args->kv->n_kv_heads;
+    int64_t wanted = (lco_pool_size(job->args->exec->pool) * UNITS_PER_THREAD + n_splits - 1) / n_splits;
+    return wanted < n_kv ? wanted : n_kv;
+}
+
+static void add_prompt_units(attention_job *job, const lco_item *item)
+{
+    const int64_t step = prompt_tokens(job);
+    for (int64_t first = (item->len - 1) / step * step; first >= 0; first -= step) { /* the longest first */
+        int64_t count = item->len - first < step ? item->len - first : step;
+        for (int64_t head = 0; head < job->args->kv->n_kv_heads; head++)
+            job->units[job->n_units++] = (unit){.item = item, .first = first, .count = count, .head = head, .heads = 1};
+    }
+}
+
+static void add_decode_units(attention_job *job, const merge_item *merge, int64_t ranges)
+{
+    const split_plan plan = plan_splits(job->args, merge->item);
+    const int64_t n_kv = job->args->kv->n_kv_heads;
+    for (int64_t s = 0; s < plan.n_splits; s++) {
+        unit u = {.item = merge->item, .first = plan.first + s * plan.per_split, .part = merge->parts + s * job->part_stride};
+        u.count = plan.first + plan.count - u.first < plan.per_split ? plan.first + plan.count - u.first : plan.per_split;
+        for (int64_t r = 0; r < ranges; r++) {
+            u.head = n_kv * r / ranges;
+            u.heads = n_kv * (r + 1) / ranges - u.head;
+            job->units[job->n_units++] = u;
+        }
+    }
+}
+
+/* Counts units and splits, takes scratch for them and lists them. */
+static lco_status plan_units(attention_job *job)
+{
+    const lco_attention_args *a = job->args;
+    const int64_t n_kv = a->kv->n_kv_heads;
+    int64_t prompt_units = 0, splits = 0, decode_items = 0;
+    for (int64_t i = 0; i < a->n_items; i++) {
+        if (a->items[i].prompt) {
+            prompt_units += (a->items[i].len + prompt_tokens(job) - 1) / prompt_tokens(job) * n_kv;
+        } else {
+            splits += plan_splits(a, &a->items[i]).n_splits;
+            decode_items++;
+        }
+    }
+    int64_t ranges = splits > 0 ? head_ranges(job, splits) : 0;
+    int64_t prompt_floats = prompt_units > 0 ? prompt_scratch(job) : 0, decode_floats = splits > 0 ? decode_scratch(job) : 0;
+    job->part_stride = round_up(a->n_heads * (job->d_pad + 2), 16);
+    job->scratch_stride = round_up(prompt_floats > decode_floats ? prompt_floats : decode_floats, 16);
+    lco_arena *arena = a->exec->scratch;
+    size_t threads = (size_t)lco_pool_size(a->exec->pool);
+    job->units = lco_arena_take(arena, (size_t)(prompt_units + splits * ranges) * sizeof *job->units);
+    job->merges = lco_arena_take(arena, (size_t)decode_items * sizeof *job->merges);
+    float *parts = lco_arena_take(arena, (size_t)(splits * job->part_stride) * sizeof *parts);
+    job->scratch = lco_arena_take(arena, threads * (size_t)job->scratch_stride * sizeof *job->scratch);
+    if (job->units == NULL || job->merges == NULL || parts == NULL || job->scratch == NULL)
+        return LCO_ENOMEM;
+    for (int64_t i = 0; i < a->n_items; i++) {
+        const lco_item *item = &a->items[i];
+        if (item->prompt) {
+            add_prompt_units(job, item);
+            continue;
+        }
+        merge_item *merge = &job->merges[job->n_merges++];
+        *merge = (merge_item){.item = item, .parts = parts, .n_splits = plan_splits(a, item).n_splits};
+        parts += merge->n_splits * job->part_stride;
+        add_decode_units(job, merge, ranges);
+    }
+    return LCO_OK;
+}
+
+static lco_status attention(const lco_attention_args *args)
+{
+    lco_mark mark = lco_arena_mark(args->exec->scratch);
+    attention_job job = {.args = args, .group = args->n_heads / args->kv->n_kv_heads, .d_pad = round_up(args->kv->head_dim, VL)};
+    lco_status status = plan_units(&job);
+    if (status == LCO_OK) {
+        lco_pool_for(args->exec->pool, job.n_units, 1, run_units, &job);
+        lco_pool_for(args->exec->pool, job.n_merges * args->n_heads, 8, merge_heads, &job);
+    }
+    lco_arena_reset(args->exec->scratch, mark);
+    return status;
+}

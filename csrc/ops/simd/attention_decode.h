@@ -1,0 +1,196 @@
+/* One query token: for each page, for each kv head of the range, BLOCK positions at a time: scores, softmax so far, weighted values.
+ * Pages outside, heads inside: the keys of all heads are one run of memory. Codes become floats in registers, once for up to four
+ * query heads. */
+
+enum { HEADS_AT_ONCE = 4 };
+
+typedef struct {
+    const uint8_t *keys, *values;           /* codes of the first position */
+    int64_t n, d, d_pad;                    /* positions, 1..BLOCK; head size */
+    const float *q;                         /* [heads, d_pad], scaled, zero beyond d */
+    float *sums;                            /* [heads, d_pad] */
+    float *largest, *total;                 /* [heads] */
+    const uint8_t *next_keys, *next_values; /* read after these; prefetched */
+} decode_block;
+
+INLINE void prefetch(const uint8_t *p, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)p + i, _MM_HINT_T1);
+}
+
+/* scores[g][t] = q[g] . key[t] for heads g and four positions at a time. */
+INLINE void block_scores(const decode_block *b, lco_dtype dtype, int heads, float scores[HEADS_AT_ONCE][BLOCK])
+{
+    const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
+    const int64_t whole = b->d / VL * VL;
+    for (int64_t t = 0; t < b->n; t += 4) {
+        const uint8_t *key[4];
+        for (int64_t j = 0; j < 4; j++) /* past the end: the last one again */
+            key[j] = b->keys + (size_t)(t + j < b->n ? t + j : b->n - 1) * row;
+        prefetch(b->next_keys + (size_t)t * row, 4 * row);
+        vf acc[HEADS_AT_ONCE][4];
+        for (int g = 0; g < heads; g++)
+            for (int j = 0; j < 4; j++)
+                acc[g][j] = v_zero();
+        for (int64_t i = 0; i < whole; i += VL) {
+            vf k[4];
+            for (int j = 0; j < 4; j++)
+                k[j] = v_load_as(key[j], i, dtype);
+            for (int g = 0; g < heads; g++) {
+                vf q = v_load(b->q + g * b->d_pad + i);
+                for (int j = 0; j < 4; j++)
+                    acc[g][j] = v_fma(q, k[j], acc[g][j]);
+            }
+        }
+        if (whole < b->d) {
+            for (int j = 0; j < 4; j++) {
+                vf k = v_load_as_n(key[j], whole, b->d - whole, dtype);
+                for (int g = 0; g < heads; g++)
+                    acc[g][j] = v_fma(v_load(b->q + g * b->d_pad + whole), k, acc[g][j]);
+            }
+        }
+        for (int g = 0; g < heads; g++)
+            _mm_storeu_ps(scores[g] + t, v_sum4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]));
+    }
+}
+
+/* scores[first, first + n) become probabilities relative to the new largest score; returns the factor for everything summed before. */
+INLINE float block_softmax(float *scores, int64_t n, float *largest, float *total)
+{
+    vf top = v_set(-INFINITY);
+    for (int64_t t = n; t < round_up(n, VL); t++)
+        scores[t] = -INFINITY;
+    for (int64_t t = 0; t < n; t += VL)
+        top = v_max(top, v_load(scores + t));
+    float now = v_largest(top);
+    if (!(now > *largest))
+        now = *largest;
+    vf sum = v_zero();
+    for (int64_t t = 0; t < n; t += VL) {
+        vf p = v_exp(v_sub(v_load(scores + t), v_set(now)));
+        v_store(scores + t, p);
+        sum = v_add(sum, p);
+    }
+    float factor = now == *largest ? 1.0f : exp_one(*largest - now);
+    *total = *total * factor + v_sum(sum);
+    *largest = now;
+    return factor;
+}
+
+/* sums[g][i, i + vectors * VL) = factor[g] * sums + sum_t p[g][t] * value[t]; the last vector holds `tail` elements. */
+INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int vectors, int64_t i, int64_t tail, const float *factor,
+                         float p[HEADS_AT_ONCE][BLOCK], bool ahead)
+{
+    const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
+    vf acc[HEADS_AT_ONCE][8];
+    for (int g = 0; g < heads; g++)
+        for (int c = 0; c < vectors; c++)
+            acc[g][c] = v_mul(v_set(factor[g]), v_load(b->sums + g * b->d_pad + i + c * VL));
+    for (int64_t t = 0; t < b->n; t++) {
+        const uint8_t *value = b->values + (size_t)t * row;
+        if (ahead)
+            prefetch(b->next_values + (size_t)t * row, row);
+        for (int c = 0; c < vectors; c++) {
+            vf v = tail == VL ? v_load_as(value, i + c * VL, dtype) : v_load_as_n(value, i + c * VL, tail, dtype);
+            for (int g = 0; g < heads; g++)
+                acc[g][c] = v_fma(v_set(p[g][t]), v, acc[g][c]);
+        }
+    }
+    for (int g = 0; g < heads; g++)
+        for (int c = 0; c < vectors; c++)
+            v_store(b->sums + g * b->d_pad + i + c * VL, acc[g][c]);
+}
+
+INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads)
+{
+    enum { REGISTERS = VL == 16 ? 16 : 8 };
+    const int wide = heads == 1 ? 8 : heads == 2 ? REGISTERS / 2 : REGISTERS / 4;
+    float scores[HEADS_AT_ONCE][BLOCK], factor[HEADS_AT_ONCE];
+    block_scores(b, dtype, heads, scores);
+    for (int g = 0; g < heads; g++)
+        factor[g] = block_softmax(scores[g], b->n, &b->largest[g], &b->total[g]);
+    int64_t i = 0;
+    for (; i + wide * VL <= b->d; i += wide * VL)
+        weigh_values(b, dtype, heads, wide, i, VL, factor, scores, i == 0);
+    for (; i + VL <= b->d; i += VL)
+        weigh_values(b, dtype, heads, 1, i, VL, factor, scores, i == 0);
+    if (i < b->d)
+        weigh_values(b, dtype, heads, 1, i, b->d - i, factor, scores, i == 0);
+}
+
+#define ATTEND(name, dtype)                                                                                                                \
+    static void name(const decode_block *b, int64_t heads)                                                                                 \
+    {                                                                                                                                      \
+        if (heads == 1)                                                                                                                    \
+            attend_block(b, dtype, 1);                                                                                                     \
+        else if (heads == 2)                                                                                                               \
+            attend_block(b, dtype, 2);                                                                                                     \
+        else if (heads == 3)                                                                                                               \
+            attend_block(b, dtype, 3);                                                                                                     \
+        else                                                                                                                               \
+            attend_block(b, dtype, 4);                                                                                                     \
+    }
+ATTEND(attend_f32, LCO_F32)
+ATTEND(attend_f16, LCO_F16)
+ATTEND(attend_bf16, LCO_BF16)
+
+static void attend(const decode_block *b, lco_dtype dtype, int64_t heads)
+{
+    if (dtype == LCO_BF16)
+        attend_bf16(b, heads);
+    else if (dtype == LCO_F16)
+        attend_f16(b, heads);
+    else
+        attend_f32(b, heads);
+}
+
+/* Floats of scratch for a thread: the scaled queries. */
+static int64_t decode_scratch(const attention_job *job) { return job->args->n_heads * job->d_pad; }
+
+static void decode_unit(const attention_job *job, const unit *u, float *scaled)
+{
+    const lco_attention_args *a = job->args;
+    const lco_kv_view *kv = a->kv;
+    const int64_t d = kv->head_dim, group = job->group, first_head = u->head * group, n_heads = u->heads * group;
+    const size_t code_bytes = lco_dtype_bytes(kv->dtype), run = (size_t)kv->page_size * (size_t)d * code_bytes;
+    float *sums = u->part + first_head * job->d_pad, *largest = u->part + a->n_heads * job->d_pad + first_head;
+    float *total = largest + a->n_heads;
+    for (int64_t h = 0; h < n_heads; h++) {
+        const float *q = a->q + u->item->row * a->ld_q + (first_head + h) * d;
+        for (int64_t j = 0; j < job->d_pad; j++) {
+            scaled[h * job->d_pad + j] = j < d ? q[j] * a->scale : 0;
+            sums[h * job->d_pad + j] = 0;
+        }
+        largest[h] = -INFINITY;
+        total[h] = 0;
+    }
+    const int64_t seen = first_seen(a, u->item->pos), last_page = u->first + u->count - 1;
+    for (int64_t page = u->first; page <= last_page; page++) {
+        int64_t begin = page * kv->page_size, end = begin + kv->page_size;
+        begin = (begin > seen ? begin : seen) - page * kv->page_size;
+        end = (end < u->item->pos + 1 ? end : u->item->pos + 1) - page * kv->page_size;
+        const uint8_t *keys = lco_kv_codes(kv, u->item->table[page], a->layer, LCO_KEY, u->head);
+        const uint8_t *values = lco_kv_codes(kv, u->item->table[page], a->layer, LCO_VALUE, u->head);
+        const int32_t next = u->item->table[page < last_page ? page + 1 : page];
+        for (int64_t h = 0; h < u->heads; h++, keys += run, values += run) {
+            const bool last = h + 1 == u->heads;
+            const uint8_t *next_keys = last ? lco_kv_codes(kv, next, a->layer, LCO_KEY, u->head) : keys + run;
+            const uint8_t *next_values = last ? lco_kv_codes(kv, next, a->layer, LCO_VALUE, u->head) : values + run;
+            for (int64_t t = begin, stop; t < end; t = stop) {
+                stop = (t / BLOCK + 1) * BLOCK < end ? (t / BLOCK + 1) * BLOCK : end;
+                const size_t offset = (size_t)(t * d) * code_bytes;
+                decode_block b = {.keys = keys + offset, .values = values + offset, .n = stop - t, .d = d, .d_pad = job->d_pad};
+                b.next_keys = next_keys + offset;
+                b.next_values = next_values + offset;
+                for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
+                    b.q = scaled + (h * group + g) * job->d_pad;
+                    b.sums = sums + (h * group + g) * job->d_pad;
+                    b.largest = largest + h * group + g;
+                    b.total = total + h * group + g;
+                    attend(&b, kv->dtype, group - g < HEADS_AT_ONCE ? group - g : HEADS_AT_ONCE);
+                }
+            }
+        }
+    }
+}

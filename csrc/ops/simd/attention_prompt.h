@@ -1,0 +1,266 @@
+/* Prompt rows: a block of (token, query head of the group) rows against BLOCK positions at a time. Keys are converted once a block into
+ * a transposed float copy [d][BLOCK], values into [BLOCK][d_pad]; then two small products in registers, a tile of TILE_ROWS rows each.
+ *
+ * Blocks begin at fixed positions, and a row takes exactly the positions it sees: the sums of a row are the same whatever tile it is in
+ * and however the prompt was cut. */
+
+enum {
+    TILE_ROWS = 6,
+    TILE_VECTORS = VL == 16 ? 4 : 2,
+    LANES = TILE_VECTORS * VL,
+};
+
+typedef struct {
+    int64_t rows, tiles, d, d_pad;
+    float *q;               /* [tiles][d][TILE_ROWS], scaled */
+    float *sums;            /* [tiles * TILE_ROWS, d_pad] */
+    float *largest, *total; /* [tiles * TILE_ROWS] */
+    float *keys;            /* [d_pad][BLOCK] */
+    float *values;          /* [BLOCK][d_pad] */
+} prompt_block;
+
+/* Tokens of a unit. */
+static int64_t prompt_tokens(const attention_job *job) { return job->group >= PROMPT_ROWS ? 1 : PROMPT_ROWS / job->group; }
+
+static int64_t prompt_tiles(const attention_job *job) { return (prompt_tokens(job) * job->group + TILE_ROWS - 1) / TILE_ROWS; }
+
+static int64_t prompt_scratch(const attention_job *job)
+{
+    return prompt_tiles(job) * TILE_ROWS * (job->args->kv->head_dim + job->d_pad + 2 * VL) + 2 * BLOCK * job->d_pad;
+}
+
+static prompt_block carve(const attention_job *job, const unit *u, float *scratch)
+{
+    prompt_block b = {.rows = u->count * job->group, .d = job->args->kv->head_dim, .d_pad = job->d_pad};
+    const int64_t rows = prompt_tiles(job) * TILE_ROWS;
+    b.tiles = (b.rows + TILE_ROWS - 1) / TILE_ROWS;
+    b.keys = scratch;
+    b.values = b.keys + BLOCK * b.d_pad;
+    b.sums = b.values + BLOCK * b.d_pad;
+    b.q = b.sums + rows * b.d_pad;
+    b.largest = b.q + rows * b.d;
+    b.total = b.largest + rows;
+    return b;
+}
+
+static void load_queries(const attention_job *job, const unit *u, const prompt_block *b)
+{
+    const lco_attention_args *a = job->args;
+    for (int64_t r = 0; r < b->tiles * TILE_ROWS; r++) {
+        float *q = b->q + r / TILE_ROWS * TILE_ROWS * b->d + r % TILE_ROWS;
+        const float *from = a->q + (u->item->row + u->first + r / job->group) * a->ld_q + (u->head * job->group + r % job->group) * b->d;
+        for (int64_t i = 0; i < b->d; i++)
+            q[i * TILE_ROWS] = r < b->rows ? from[i] * a->scale : 0;
+        for (int64_t i = 0; i < b->d_pad; i++)
+            b->sums[r * b->d_pad + i] = 0;
+        b->largest[r] = -INFINITY;
+        b->total[r] = 0;
+    }
+}
+
+INLINE vf load_codes(const uint8_t *row, int64_t i, int64_t d, lco_dtype dtype)
+{
+    return i + VL <= d ? v_load_as(row, i, dtype) : v_load_as_n(row, i, d - i, dtype);
+}
+
+/* Positions [skip, n) of a run of codes into the float copies, from column and row `at` on. Columns are written in whole vectors. */
+INLINE void convert(const prompt_block *b, lco_dtype dtype, const uint8_t *keys, const uint8_t *values, int64_t at, int64_t skip, int64_t n)
+{
+    const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
+    for (int64_t t = 0; t < n; t += VL) {
+        for (int64_t i = 0; i < b->d; i += VL) {
+            vf square[VL];
+            for (int64_t j = 0; j < VL; j++)
+                square[j] = t + j >= skip && t + j < n ? load_codes(keys + (size_t)(t + j) * row, i, b->d, dtype) : v_zero();
+            v_transpose(square);
+            for (int64_t j = 0; j < VL; j++)
+                v_store(b->keys + (i + j) * BLOCK + at + t, square[j]);
+        }
+    }
+    for (int64_t t = skip; t < n; t++)
+        for (int64_t i = 0; i < b->d; i += VL)
+            v_store(b->values + (at + t) * b->d_pad + i, load_codes(values + (size_t)t * row, i, b->d, dtype));
+}
+
+/* Positions [first, end) of the block that begins at `begin`, from one or more pages. Whole vectors of columns never cross a page. */
+static void convert_block(const attention_job *job, const unit *u, const prompt_block *b, int64_t begin, int64_t first, int64_t end)
+{
+    const lco_kv_view *kv = job->args->kv;
+    for (int64_t t = first, stop; t < end; t = stop) {
+        const int64_t page = t / kv->page_size, skip = (t - begin) % VL, from = t - skip;
+        stop = (page + 1) * kv->page_size < end ? (page + 1) * kv->page_size : end;
+        const size_t offset = (size_t)(from % kv->page_size * b->d) * lco_dtype_bytes(kv->dtype);
+        const uint8_t *keys = lco_kv_codes(kv, u->item->table[page], job->args->layer, LCO_KEY, u->head) + offset;
+        const uint8_t *values = lco_kv_codes(kv, u->item->table[page], job->args->layer, LCO_VALUE, u->head) + offset;
+        if (kv->dtype == LCO_BF16)
+            convert(b, LCO_BF16, keys, values, from - begin, skip, stop - from);
+        else if (kv->dtype == LCO_F16)
+            convert(b, LCO_F16, keys, values, from - begin, skip, stop - from);
+        else
+            convert(b, LCO_F32, keys, values, from - begin, skip, stop - from);
+    }
+}
+
+/* scores[r][column, column + vectors * VL) = q[r] . keys. */
+INLINE void tile_scores(const float *q, const float *keys, int64_t d, int vectors, int64_t column, float scores[TILE_ROWS][BLOCK])
+{
+    vf acc[TILE_ROWS][TILE_VECTORS];
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int c = 0; c < vectors; c++)
+            acc[r][c] = v_zero();
+    for (int64_t i = 0; i < d; i++) {
+        vf k[TILE_VECTORS];
+        for (int c = 0; c < vectors; c++)
+            k[c] = v_load(keys + i * BLOCK + column + c * VL);
+        for (int r = 0; r < TILE_ROWS; r++) {
+            vf x = v_set(q[i * TILE_ROWS + r]);
+            for (int c = 0; c < vectors; c++)
+                acc[r][c] = v_fma(x, k[c], acc[r][c]);
+        }
+    }
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int c = 0; c < vectors; c++)
+            v_store(scores[r] + column + c * VL, acc[r][c]);
+}
+
+/* sums[r][i, i + vectors * VL) += sum over t in [begin, end) of p[r][t] * values[t]. */
+INLINE void tile_values(const prompt_block *b, int64_t row, int rows, int vectors, int64_t i, int64_t begin, int64_t end, float (*p)[BLOCK])
+{
+    vf acc[TILE_ROWS][TILE_VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < vectors; c++)
+            acc[r][c] = v_load(b->sums + (row + r) * b->d_pad + i + c * VL);
+    for (int64_t t = begin; t < end; t++) {
+        vf v[TILE_VECTORS];
+        for (int c = 0; c < vectors; c++)
+            v[c] = v_load(b->values + t * b->d_pad + i + c * VL);
+        for (int r = 0; r < rows; r++) {
+            vf x = v_set(p[r][t]);
+            for (int c = 0; c < vectors; c++)
+                acc[r][c] = v_fma(x, v[c], acc[r][c]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < vectors; c++)
+            v_store(b->sums + (row + r) * b->d_pad + i + c * VL, acc[r][c]);
+}
+
+INLINE void add_values(const prompt_block *b, int64_t row, int rows, int64_t begin, int64_t end, float (*p)[BLOCK])
+{
+    int64_t i = 0;
+    for (; i + LANES <= b->d_pad; i += LANES)
+        tile_values(b, row, rows, TILE_VECTORS, i, begin, end, p);
+    for (; i < b->d_pad; i += VL)
+        tile_values(b, row, rows, 1, i, begin, end, p);
+}
+
+static void add_values_row(const prompt_block *b, int64_t row, int64_t begin, int64_t end, float (*p)[BLOCK])
+{
+    if (begin < end)
+        add_values(b, row, 1, begin, end, p);
+}
+
+typedef struct {
+    int64_t begin, end;
+} span;
+
+/* One tile of rows against one block. seen[r]: the columns that row r takes; empty when none. */
+static void attend_tile(const prompt_block *b, int64_t tile, const span seen[TILE_ROWS])
+{
+    float scores[TILE_ROWS][BLOCK];
+    span all = {BLOCK, 0}, common = {0, BLOCK};
+    for (int r = 0; r < TILE_ROWS; r++) {
+        if (seen[r].begin < seen[r].end) {
+            all.begin = seen[r].begin < all.begin ? seen[r].begin : all.begin;
+            all.end = seen[r].end > all.end ? seen[r].end : all.end;
+        }
+        common.begin = seen[r].begin > common.begin ? seen[r].begin : common.begin;
+        common.end = seen[r].end < common.end ? seen[r].end : common.end;
+    }
+    const float *q = b->q + tile * TILE_ROWS * b->d;
+    for (int64_t c = all.begin / LANES * LANES; c < all.end; c += LANES) {
+        if (all.end - c > LANES - VL)
+            tile_scores(q, b->keys, b->d, TILE_VECTORS, c, scores);
+        else
+            for (int64_t v = c; v < all.end; v += VL)
+                tile_scores(q, b->keys, b->d, 1, v, scores);
+    }
+    const int64_t row = tile * TILE_ROWS;
+    for (int r = 0; r < TILE_ROWS; r++) {
+        if (seen[r].begin >= seen[r].end)
+            continue;
+        for (int64_t t = all.begin / VL * VL; t < seen[r].begin; t++)
+            scores[r][t] = -INFINITY;
+        const int64_t from = all.begin / VL * VL;
+        float factor = block_softmax(scores[r] + from, seen[r].end - from, &b->largest[row + r], &b->total[row + r]);
+        if (factor != 1.0f)
+            for (int64_t i = 0; i < b->d_pad; i += VL)
+                v_store(b->sums + (row + r) * b->d_pad + i, v_mul(v_set(factor), v_load(b->sums + (row + r) * b->d_pad + i)));
+    }
+    if (common.begin >= common.end) {
+        for (int r = 0; r < TILE_ROWS; r++)
+            add_values_row(b, row + r, seen[r].begin, seen[r].end, &scores[r]);
+        return;
+    }
+    for (int r = 0; r < TILE_ROWS; r++)
+        add_values_row(b, row + r, seen[r].begin, common.begin, &scores[r]);
+    add_values(b, row, TILE_ROWS, common.begin, common.end, scores);
+    for (int r = 0; r < TILE_ROWS; r++)
+        add_values_row(b, row + r, common.end, seen[r].end, &scores[r]);
+}
+
+/* Where the block that begins at `t` ends: blocks lie at multiples of BLOCK of a page, or hold several whole small pages. */
+static int64_t block_end(int64_t page_size, int64_t t)
+{
+    if (page_size <= BLOCK) {
+        int64_t size = BLOCK / page_size * page_size;
+        return (t / size + 1) * size;
+    }
+    int64_t page = t / page_size * page_size, end = page + ((t - page) / BLOCK + 1) * BLOCK;
+    return end < page + page_size ? end : page + page_size;
+}
+
+static int64_t block_begin(int64_t page_size, int64_t t)
+{
+    if (page_size <= BLOCK)
+        return t / (BLOCK / page_size * page_size) * (BLOCK / page_size * page_size);
+    int64_t page = t / page_size * page_size;
+    return page + (t - page) / BLOCK * BLOCK;
+}
+
+static void store_rows(const attention_job *job, const unit *u, const prompt_block *b)
+{
+    const lco_attention_args *a = job->args;
+    for (int64_t r = 0; r < b->rows; r++) {
+        float *out = a->out + (u->item->row + u->first + r / job->group) * a->ld_out + (u->head * job->group + r % job->group) * b->d;
+        for (int64_t i = 0; i < b->d; i += VL)
+            v_store_n(out + i, v_div(v_load(b->sums + r * b->d_pad + i), v_set(b->total[r])), b->d - i < VL ? b->d - i : VL);
+    }
+}
+
+static void prompt_unit(const attention_job *job, const unit *u, float *scratch)
+{
+    const lco_attention_args *a = job->args;
+    const int64_t page_size = a->kv->page_size, group = job->group;
+    const int64_t first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1;
+    prompt_block b = carve(job, u, scratch);
+    load_queries(job, u, &b);
+    const int64_t seen_first = first_seen(a, first_pos);
+    for (int64_t begin = block_begin(page_size, seen_first), end; begin <= last_pos; begin = end) {
+        end = block_end(page_size, begin);
+        convert_block(job, u, &b, begin, begin > seen_first ? begin : seen_first, end <= last_pos ? end : last_pos + 1);
+        for (int64_t tile = 0; tile < b.tiles; tile++) {
+            span seen[TILE_ROWS];
+            bool any = false;
+            for (int64_t r = 0; r < TILE_ROWS; r++) {
+                int64_t row = tile * TILE_ROWS + r, pos = first_pos + (row < b.rows ? row : b.rows - 1) / group;
+                int64_t from = first_seen(a, pos) - begin, to = (pos < end ? pos + 1 : end) - begin;
+                seen[r] = (span){from > 0 ? from : 0, to > 0 ? to : 0};
+                any = any || seen[r].begin < seen[r].end;
+            }
+            if (any)
+                attend_tile(&b, tile, seen);
+        }
+    }
+    store_rows(job, u, &b);
+}

@@ -1,0 +1,146 @@
+/* Decode rows of `linear`: a few rows of x against the whole weight matrix, bound by reading it.
+ *
+ * A thread takes a run of weight rows and multiplies STREAMS of them at once with up to DECODE_ROWS rows of x; more rows of x find the
+ * weight rows in the cache. Each output is one chain of fused multiply-adds over k, lane by lane, closed by v_sum: its bits depend on k alone.
+ *
+ * The weights are prefetched twice: far ahead into L2 and near into L1. Ahead of a position in a row lies the same row; past its end lies the
+ * row of the next group of STREAMS. */
+#ifndef LCO_OPS_SIMD_LINEAR_DECODE_H
+#define LCO_OPS_SIMD_LINEAR_DECODE_H
+
+#include "../ops.h"
+#include "vec.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+#define STREAMS 4
+#define DECODE_ROWS (VL == 16 ? 4 : 2) /* STREAMS * DECODE_ROWS sums live in registers */
+#define FAR_BYTES 1024                 /* ahead in each stream, into L2 */
+#define NEAR_BYTES 256                 /* into L1 */
+#define MIN_RUN_BYTES ((int64_t)16 << 10)
+#define MAX_RUN_BYTES ((int64_t)512 << 10)
+
+typedef struct {
+    const lco_linear_args *args;
+    int64_t run; /* weight rows an item covers */
+    int64_t first[LCO_LINEAR_PARTS + 1]; /* first item of each part, and the end */
+} decode_job;
+
+/* Where the line `ahead` bytes further on in the order of reading lies, seen from byte `at` of a row. */
+ALWAYS_INLINE int64_t decode_ahead(int64_t at, int64_t ahead, int64_t row_bytes, int streams)
+{
+    int64_t to = at + (ahead < row_bytes ? ahead : row_bytes);
+    return to < row_bytes ? to : to + (streams - 1) * row_bytes;
+}
+
+/* out[j, r] for `streams` weight rows from w on and `rows` rows of x. */
+ALWAYS_INLINE void decode_tile(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, int64_t w_row, int64_t x_row, const int streams,
+                               const int rows)
+{
+    const int64_t k = a->k, size = (int64_t)lco_dtype_bytes(dtype), row_bytes = k * size, line = 64 / size;
+    const char *w = (const char *)part->w + w_row * row_bytes;
+    const float *x = a->x + x_row * a->ld_x;
+    vf sum[STREAMS][4];
+    for (int r = 0; r < streams; r++)
+        for (int j = 0; j < rows; j++)
+            sum[r][j] = v_zero();
+    int64_t i = 0;
+    for (; i + line <= k; i += line) {
+        int64_t far = decode_ahead(i * size, FAR_BYTES, row_bytes, streams), near = decode_ahead(i * size, NEAR_BYTES, row_bytes, streams);
+        for (int r = 0; r < streams; r++) {
+            _mm_prefetch(w + r * row_bytes + far, _MM_HINT_T1);
+            _mm_prefetch(w + r * row_bytes + near, _MM_HINT_T0);
+        }
+#pragma GCC unroll 4
+        for (int64_t u = i; u < i + line; u += VL) {
+            vf xs[4];
+            for (int j = 0; j < rows; j++)
+                xs[j] = v_load(x + j * a->ld_x + u);
+            for (int r = 0; r < streams; r++) {
+                vf ws = v_load_as(w + r * row_bytes, u, dtype);
+                for (int j = 0; j < rows; j++)
+                    sum[r][j] = v_fma(ws, xs[j], sum[r][j]);
+            }
+        }
+    }
+    for (; i < k; i += VL) {
+        const int64_t left = k - i < VL ? k - i : VL;
+        for (int r = 0; r < streams; r++) {
+            vf ws = v_load_as_n(w + r * row_bytes, i, left, dtype);
+            for (int j = 0; j < rows; j++)
+                sum[r][j] = v_fma(ws, v_load_n(x + j * a->ld_x + i, left), sum[r][j]);
+        }
+    }
+    for (int j = 0; j < rows; j++) {
+        float *out = part->out + (x_row + j) * part->ld_out + w_row;
+        for (int r = 0; r < streams; r++) {
+            float y = v_sum(sum[r][j]);
+            if (part->bias != NULL)
+                y += part->bias[w_row + r];
+            out[r] = a->accumulate ? out[r] + y : y;
+        }
+    }
+}
+
+ALWAYS_INLINE void decode_rows(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, int64_t w_row, const int streams)
+{
+    for (int64_t row = a->m_prompt; row < a->m;) {
+        int64_t rows = a->m - row < DECODE_ROWS ? a->m - row : DECODE_ROWS;
+        if (rows == 1)
+            decode_tile(a, part, dtype, w_row, row, streams, 1);
+        else if (rows == 2)
+            decode_tile(a, part, dtype, w_row, row, streams, 2);
+        else if (rows == 3)
+            decode_tile(a, part, dtype, w_row, row, streams, 3);
+        else
+            decode_tile(a, part, dtype, w_row, row, streams, 4);
+        row += rows;
+    }
+}
+
+ALWAYS_INLINE void decode_run(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, int64_t begin, int64_t end)
+{
+    int64_t j = begin;
+    for (; j + STREAMS <= end; j += STREAMS)
+        decode_rows(a, part, dtype, j, STREAMS);
+    for (; j < end; j++)
+        decode_rows(a, part, dtype, j, 1);
+}
+
+static void decode_task(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    (void)thread;
+    const decode_job *job = ctx;
+    const lco_linear_args *a = job->args;
+    for (int64_t item = begin; item < end; item++) {
+        int p = 0;
+        while (item >= job->first[p + 1])
+            p++;
+        const lco_linear_part *part = &a->part[p];
+        int64_t from = (item - job->first[p]) * job->run, to = from + job->run < part->n ? from + job->run : part->n;
+        if (part->dtype == LCO_BF16)
+            decode_run(a, part, LCO_BF16, from, to);
+        else if (part->dtype == LCO_F16)
+            decode_run(a, part, LCO_F16, from, to);
+        else
+            decode_run(a, part, LCO_F32, from, to);
+    }
+}
+
+/* Rows [m_prompt, m). Runs are long enough to stream and short enough that no thread waits long for the last one. */
+static void linear_decode(const lco_linear_args *a)
+{
+    int64_t bytes = 0, rows = 0;
+    for (int p = 0; p < a->n_parts; p++) {
+        bytes += a->part[p].n * a->k * (int64_t)lco_dtype_bytes(a->part[p].dtype);
+        rows += a->part[p].n;
+    }
+    int64_t run_bytes = bytes / (8 * lco_pool_size(a->exec->pool));
+    run_bytes = run_bytes < MIN_RUN_BYTES ? MIN_RUN_BYTES : run_bytes > MAX_RUN_BYTES ? MAX_RUN_BYTES : run_bytes;
+    decode_job job = {.args = a, .run = (run_bytes * rows / (bytes + 1) / STREAMS + 1) * STREAMS};
+    for (int p = 0; p < a->n_parts; p++)
+        job.first[p + 1] = job.first[p] + (a->part[p].n + job.run - 1) / job.run;
+    lco_pool_for(a->exec->pool, job.first[a->n_parts], 1, decode_task, &job);
+}
+
+#endif

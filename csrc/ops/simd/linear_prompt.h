@@ -1,0 +1,178 @@
+/* Prompt rows of `linear`: a blocked product, written once for every kind of arithmetic.
+ *
+ *   out[m, n] = x[m, k] . w[n, k]^T, computed as out^T so that weight rows are used as they lie and only x is turned over.
+ *
+ *   packed x   [block of k][panel of VL rows][unit][VL]      once a call; a unit is 4 bytes of one row: one float or two bfloat16
+ *   weights    [item rows][ROW_UNITS]                        one block of k of an item's rows, copied (and widened) into cache-resident scratch
+ *   sums       [panel][ITEM_ROWS][VL]                        float32, an item's part of out^T; a tile of VL x VL is one run
+ *
+ * An item is up to ITEM_ROWS weight rows of one part. A thread walks an item's blocks of k in order; `multiply` adds a block's products to the
+ * sums; at the end the sums are turned over into out. Units past k are zero in both operands. An output is summed in the order of k whatever
+ * the items, the panels and the threads are. */
+#ifndef LCO_OPS_SIMD_LINEAR_PROMPT_H
+#define LCO_OPS_SIMD_LINEAR_PROMPT_H
+
+#include "../ops.h"
+#include "vec.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+#define ITEM_ROWS 64
+#define BLOCK_UNITS 128                 /* units of k at a time: three panels of x stay in L1 */
+#define ROW_UNITS (BLOCK_UNITS + VL)    /* the distance keeps rows off the same cache sets */
+#define MAX_PROMPT_ROWS 1024            /* rows of x packed at a time */
+
+/* One kind of arithmetic. */
+typedef struct {
+    int per_unit; /* elements of k in a unit */
+    int row_step; /* items are multiples of this many rows; copied rows are padded with zero rows to it */
+    /* One panel and one block of k: units [0, n_units) of rows x[0 .. rows), columns from 0 to `left` (zero beyond). n_units is a multiple of VL. */
+    void (*pack_x)(uint32_t *panel, const float *x, int64_t ld_x, int64_t rows, int64_t left, int64_t n_units);
+    /* One weight row's n_units units from `left` elements (zero beyond); prefetches `ahead` bytes further. */
+    void (*copy_w)(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units, int64_t ahead);
+    /* sums (+)= products of all panels with `rows` copied weight rows, a multiple of row_step. */
+    void (*multiply)(float *sums, const uint32_t *x, const uint32_t *w, int64_t panels, int64_t rows, int64_t n_units, bool first);
+    void (*begin)(void), (*end)(void); /* around a thread's work; may be NULL */
+} prompt_kernel;
+
+typedef struct {
+    const lco_linear_args *args;
+    const prompt_kernel *kernel;
+    int64_t row0, rows, panels; /* the rows of x of this pass */
+    int64_t units, blocks;      /* of k; units is a multiple of VL */
+    int64_t item_rows, first[LCO_LINEAR_PARTS + 1];
+    uint32_t *x;
+    uint32_t *w; /* [thread][ITEM_ROWS][ROW_UNITS] */
+    float *sums; /* [thread][panels][ITEM_ROWS][VL] */
+} prompt_job;
+
+static int64_t block_units(const prompt_job *job, int64_t block)
+{
+    int64_t left = job->units - block * BLOCK_UNITS;
+    return left < BLOCK_UNITS ? left : BLOCK_UNITS;
+}
+
+static uint32_t *packed_block(const prompt_job *job, int64_t block)
+{
+    return job->x + block * BLOCK_UNITS * job->panels * VL;
+}
+
+static void pack_task(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    (void)thread;
+    const prompt_job *job = ctx;
+    const lco_linear_args *a = job->args;
+    for (int64_t item = begin; item < end; item++) {
+        int64_t panel = item / job->blocks, block = item % job->blocks, n_units = block_units(job, block);
+        int64_t k0 = block * BLOCK_UNITS * job->kernel->per_unit, row = panel * VL, rows = job->rows - row < VL ? job->rows - row : VL;
+        job->kernel->pack_x(packed_block(job, block) + panel * n_units * VL, a->x + (job->row0 + row) * a->ld_x + k0, a->ld_x, rows, a->k - k0,
+                            n_units);
+    }
+}
+
+/* Turns an item's sums over into out, with bias and what out held before. */
+static void finish_item(const prompt_job *job, const lco_linear_part *part, int64_t n0, int64_t n_rows, const float *sums)
+{
+    const bool accumulate = job->args->accumulate;
+    for (int64_t panel = 0; panel < job->panels; panel++) {
+        int64_t row = panel * VL, rows = job->rows - row < VL ? job->rows - row : VL;
+        for (int64_t j = 0; j < n_rows; j += VL) {
+            const int64_t width = n_rows - j < VL ? n_rows - j : VL;
+            vf tile[VL];
+            for (int i = 0; i < VL; i++)
+                tile[i] = v_load(sums + ((panel * ITEM_ROWS) + j + i) * VL);
+            v_transpose(tile);
+            vf bias = part->bias != NULL ? v_load_n(part->bias + n0 + j, width) : v_zero();
+            float *out = part->out + (job->row0 + row) * part->ld_out + n0 + j;
+            for (int64_t i = 0; i < rows; i++, out += part->ld_out) {
+                vf y = v_add(tile[i], bias);
+                v_store_n(out, accumulate ? v_add(v_load_n(out, width), y) : y, width);
+            }
+        }
+    }
+}
+
+static void prompt_item(const prompt_job *job, int64_t item, uint32_t *w, float *sums)
+{
+    const lco_linear_args *a = job->args;
+    const prompt_kernel *kernel = job->kernel;
+    int p = 0;
+    while (item >= job->first[p + 1])
+        p++;
+    const lco_linear_part *part = &a->part[p];
+    const int64_t n0 = (item - job->first[p]) * job->item_rows;
+    const int64_t rows = part->n - n0 < job->item_rows ? part->n - n0 : job->item_rows;
+    const int64_t padded = (rows + kernel->row_step - 1) / kernel->row_step * kernel->row_step;
+    const int64_t size = (int64_t)lco_dtype_bytes(part->dtype), row_bytes = a->k * size;
+    const char *base = (const char *)part->w + n0 * row_bytes;
+    memset(w + rows * ROW_UNITS, 0, (size_t)((padded - rows) * ROW_UNITS) * sizeof *w);
+    for (int64_t block = 0; block < job->blocks; block++) {
+        const int64_t k0 = block * BLOCK_UNITS * kernel->per_unit, n_units = block_units(job, block);
+        const int64_t ahead = block + 1 < job->blocks ? BLOCK_UNITS * kernel->per_unit * size : (rows * a->k - k0) * size;
+        for (int64_t j = 0; j < rows; j++)
+            kernel->copy_w(w + j * ROW_UNITS, base + j * row_bytes + k0 * size, part->dtype, a->k - k0, n_units, ahead);
+        kernel->multiply(sums, packed_block(job, block), w, job->panels, padded, n_units, block == 0);
+    }
+    finish_item(job, part, n0, rows, sums);
+}
+
+static void prompt_task(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    const prompt_job *job = ctx;
+    uint32_t *w = job->w + (int64_t)thread * ITEM_ROWS * ROW_UNITS;
+    float *sums = job->sums + (int64_t)thread * job->panels * ITEM_ROWS * VL;
+    if (job->kernel->begin != NULL)
+        job->kernel->begin();
+    for (int64_t item = begin; item < end; item++)
+        prompt_item(job, item, w, sums);
+    if (job->kernel->end != NULL)
+        job->kernel->end();
+}
+
+/* Rows [row0, row0 + rows): packs x, then multiplies. */
+static lco_status prompt_pass(prompt_job *job)
+{
+    const lco_linear_args *a = job->args;
+    lco_arena *scratch = a->exec->scratch;
+    const int threads = lco_pool_size(a->exec->pool);
+    const lco_mark mark = lco_arena_mark(scratch);
+    job->panels = (job->rows + VL - 1) / VL;
+    job->x = lco_arena_take(scratch, (size_t)(job->panels * VL) * (size_t)job->units * sizeof *job->x);
+    job->w = lco_arena_take(scratch, (size_t)threads * ITEM_ROWS * ROW_UNITS * sizeof *job->w);
+    job->sums = lco_arena_take(scratch, (size_t)threads * (size_t)(job->panels * ITEM_ROWS * VL) * sizeof *job->sums);
+    lco_status status = job->x != NULL && job->w != NULL && job->sums != NULL ? LCO_OK : LCO_ENOMEM;
+    if (status == LCO_OK) {
+        const int64_t items = job->first[a->n_parts];
+        lco_pool_for(a->exec->pool, job->panels * job->blocks, 4, pack_task, job);
+        lco_pool_for(a->exec->pool, items, 1 + items / (16 * threads), prompt_task, job);
+    }
+    lco_arena_reset(scratch, mark);
+    return status;
+}
+
+/* Rows [0, m_prompt) of all parts. Many rows are cut into passes of equal size, so that none is left with a few. */
+static lco_status linear_prompt(const lco_linear_args *a, const prompt_kernel *kernel)
+{
+    prompt_job job = {.args = a, .kernel = kernel};
+    const int64_t wanted = (a->k + kernel->per_unit - 1) / kernel->per_unit;
+    job.units = (wanted + VL - 1) / VL * VL;
+    job.blocks = (job.units + BLOCK_UNITS - 1) / BLOCK_UNITS;
+    int64_t n = 0;
+    for (int p = 0; p < a->n_parts; p++)
+        n += a->part[p].n;
+    const int64_t share = n / (16 * lco_pool_size(a->exec->pool)) + 1;
+    job.item_rows = (share + kernel->row_step - 1) / kernel->row_step * kernel->row_step;
+    job.item_rows = job.item_rows < ITEM_ROWS ? job.item_rows : ITEM_ROWS;
+    for (int p = 0; p < a->n_parts; p++)
+        job.first[p + 1] = job.first[p] + (a->part[p].n + job.item_rows - 1) / job.item_rows;
+    const int64_t passes = (a->m_prompt + MAX_PROMPT_ROWS - 1) / MAX_PROMPT_ROWS;
+    const int64_t step = ((a->m_prompt + passes - 1) / passes + VL - 1) / VL * VL;
+    lco_status status = LCO_OK;
+    for (job.row0 = 0; status == LCO_OK && job.row0 < a->m_prompt; job.row0 += step) {
+        job.rows = a->m_prompt - job.row0 < step ? a->m_prompt - job.row0 : step;
+        status = prompt_pass(&job);
+    }
+    return status;
+}
+
+#endif

@@ -1,0 +1,79 @@
+/* Rotation and cache write over vec.h. Products and sums are rounded one by one as in the portable op, so that every instruction set
+ * stores the same codes. */
+#include "../impl.h"
+#include "vec.h"
+
+static inline vf load(const float *x, int64_t n) { return n == VL ? v_load(x) : v_load_n(x, n); }
+
+static inline void store(float *x, vf a, int64_t n)
+{
+    if (n == VL)
+        v_store(x, a);
+    else
+        v_store_n(x, a, n);
+}
+
+static inline void rotate_pairs(float *x, const float *cos, const float *sin, int64_t half, int64_t n)
+{
+    vf a = load(x, n), b = load(x + half, n), c = load(cos, n), s = load(sin, n);
+    store(x, v_sub(v_mul(a, c), v_mul(b, s)), n);
+    store(x + half, v_add(v_mul(b, c), v_mul(a, s)), n);
+}
+
+static inline void rotate(float *x, const float *cos, const float *sin, int64_t half)
+{
+    int64_t i = 0;
+    for (; i + VL <= half; i += VL)
+        rotate_pairs(x + i, cos + i, sin + i, half, VL);
+    if (i < half)
+        rotate_pairs(x + i, cos + i, sin + i, half, half - i);
+}
+
+static inline void store_codes(uint8_t *row, const float *x, int64_t d, lco_dtype dtype)
+{
+    int64_t j = 0;
+    for (; j + VL <= d; j += VL)
+        v_store_as(row, j, v_load(x + j), dtype);
+    if (j < d)
+        v_store_as_n(row, j, v_load_n(x + j, d - j), d - j, dtype);
+}
+
+static void rope_token(const lco_rope_append_args *a, int64_t row, int64_t page, int64_t slot)
+{
+    const lco_kv_view *kv = a->kv;
+    const int64_t d = kv->head_dim, half = d / 2;
+    const float *cos = a->cos + row * half, *sin = a->sin + row * half;
+    const size_t offset = (size_t)(slot * d) * lco_dtype_bytes(kv->dtype);
+    for (int64_t h = 0; h < a->n_heads; h++)
+        rotate(a->q + row * a->ld_q + h * d, cos, sin, half);
+    for (int64_t h = 0; h < kv->n_kv_heads; h++) {
+        float *k = a->k + row * a->ld_kv + h * d;
+        rotate(k, cos, sin, half);
+        store_codes(lco_kv_codes(kv, page, a->layer, LCO_KEY, h) + offset, k, d, kv->dtype);
+        store_codes(lco_kv_codes(kv, page, a->layer, LCO_VALUE, h) + offset, a->v + row * a->ld_kv + h * d, d, kv->dtype);
+    }
+}
+
+/* Tokens [begin, end) of all items, counted through. */
+static void rope_tokens(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    (void)thread;
+    const lco_rope_append_args *a = ctx;
+    const lco_item *item = a->items;
+    int64_t t = begin;
+    for (int64_t before = 0; t < end; before += item->len, item++)
+        for (; t < end && t - before < item->len; t++) {
+            int64_t pos = item->pos + t - before;
+            rope_token(a, item->row + t - before, item->table[pos / a->kv->page_size], pos % a->kv->page_size);
+        }
+}
+
+static lco_status rope_append(const lco_rope_append_args *args)
+{
+    const int64_t serial = 16384; /* elements that one thread rotates sooner than another wakes up */
+    int64_t n = 0, width = (args->n_heads + 2 * args->kv->n_kv_heads) * args->kv->head_dim;
+    for (int64_t i = 0; i < args->n_items; i++)
+        n += args->items[i].len;
+    lco_pool_for(args->exec->pool, n, 1 + serial / width, rope_tokens, (void *)args);
+    return LCO_OK;
+}

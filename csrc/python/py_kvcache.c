@@ -1,0 +1,262 @@
+/* _core.KVCache and _core.Sequence. */
+#include <string.h>
+
+#include "module.h"
+
+lco_kv *lco_py_cache(cache_object *self)
+{
+    if (self->kv == NULL)
+        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this cache is closed");
+    return self->kv;
+}
+
+lco_seq *lco_py_sequence(sequence_object *self)
+{
+    if (self->cache->kv == NULL) {
+        lco_py_cache(self->cache);
+        return NULL;
+    }
+    if (self->seq == NULL)
+        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this sequence was freed");
+    return self->seq;
+}
+
+static void free_object(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+/* ---- KVCache ---- */
+
+static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"model", "dtype", "page_size", "max_tokens", NULL};
+    static const char *const DTYPES[] = {[LCO_F32] = "float32", [LCO_F16] = "float16", [LCO_BF16] = "bfloat16"};
+    core_state *state = PyType_GetModuleState(type);
+    PyObject *model;
+    const char *dtype;
+    int page_size;
+    long long max_tokens;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siL", names, state->model_type, &model, &dtype, &page_size, &max_tokens))
+        return NULL;
+    lco_model *native = lco_py_model((model_object *)model);
+    if (native == NULL)
+        return NULL;
+    const lco_model_config *config = lco_model_get_config(native);
+    lco_kv_options options = {.n_layers = config->n_layers,
+                              .n_kv_heads = config->n_kv_heads,
+                              .head_dim = config->head_dim,
+                              .page_size = page_size,
+                              .max_tokens = max_tokens};
+    size_t code = 0;
+    while (code < sizeof DTYPES / sizeof DTYPES[0] && strcmp(dtype, DTYPES[code]) != 0)
+        code++;
+    if (code == sizeof DTYPES / sizeof DTYPES[0])
+        return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected 'float32', 'float16' or 'bfloat16'", dtype);
+    options.dtype = (lco_dtype)code;
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    cache_object *self = (cache_object *)alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    lco_error err;
+    Py_INCREF(model);
+    self->model = (model_object *)model;
+    if (lco_kv_create(&options, &self->kv, &err) == LCO_OK)
+        return (PyObject *)self;
+    lco_py_raise((PyObject *)self, &err);
+    Py_DECREF(self);
+    return NULL;
+}
+
+static void cache_dealloc(cache_object *self)
+{
+    if (self->kv != NULL)
+        lco_kv_destroy(self->kv); /* no sequence or engine is left: each holds a reference to this object */
+    Py_XDECREF((PyObject *)self->model);
+    free_object((PyObject *)self);
+}
+
+static PyObject *cache_close(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    if (self->users > 0) {
+        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this cache is in use by a running generation: close that first");
+        return NULL;
+    }
+    lco_kv *kv = self->kv;
+    self->kv = NULL;
+    LOCKED(self->model, lco_kv_destroy(kv));
+    Py_RETURN_NONE;
+}
+
+static PyObject *cache_sequence(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    if (lco_py_cache(self) == NULL)
+        return NULL;
+    core_state *state = lco_py_state((PyObject *)self);
+    allocfunc alloc = (allocfunc)PyType_GetSlot(state->sequence_type, Py_tp_alloc);
+    sequence_object *seq = (sequence_object *)alloc(state->sequence_type, 0);
+    if (seq == NULL)
+        return NULL;
+    Py_INCREF((PyObject *)self);
+    seq->cache = self;
+    lco_error err;
+    lco_status status;
+    LOCKED(self->model, status = lco_seq_create(self->kv, &seq->seq, &err));
+    if (status == LCO_OK)
+        return (PyObject *)seq;
+    lco_py_raise((PyObject *)self, &err);
+    Py_DECREF(seq);
+    return NULL;
+}
+
+static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_kv *kv = lco_py_cache(self);
+    if (kv == NULL)
+        return NULL;
+    lco_kv_stats s;
+    LOCKED(self->model, s = lco_kv_get_stats(kv));
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L}", "pages_total", s.pages_total, "pages_free", s.pages_free, "pages_shared",
+                         s.pages_shared, "sequences", s.sequences, "tokens_held", s.tokens_held, "page_bytes", s.page_bytes, "reserved_bytes",
+                         s.reserved_bytes, "resident_bytes", s.resident_bytes, "bytes_per_token", s.bytes_per_token, "tokens_appended",
+                         s.tokens_appended, "pages_copied", s.pages_copied);
+}
+
+static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_kv *kv = lco_py_cache(self);
+    if (kv == NULL)
+        return NULL;
+    lco_error err;
+    lco_status status;
+    LOCKED(self->model, status = lco_kv_check(kv, &err));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef cache_methods[] = {
+    {"sequence", (PyCFunction)(void (*)(void))cache_sequence, METH_NOARGS, "sequence()\n--\n\nA new, empty sequence."},
+    {"stats", (PyCFunction)(void (*)(void))cache_stats, METH_NOARGS, "stats()\n--\n\nExact counters as a dict."},
+    {"check", (PyCFunction)(void (*)(void))cache_check, METH_NOARGS, "check()\n--\n\nProve the cache's invariants; FormatError names the first that fails."},
+    {"close", (PyCFunction)(void (*)(void))cache_close, METH_NOARGS, "close()\n--\n\nGive all memory back; sequences of this cache end."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot cache_slots[] = {
+    {Py_tp_new, cache_new},
+    {Py_tp_dealloc, cache_dealloc},
+    {Py_tp_methods, cache_methods},
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens)\n--\n\nA paged key/value cache shaped for a model."},
+    {0, NULL},
+};
+
+PyType_Spec lco_py_cache_spec = {
+    .name = "llmcoopt._core.KVCache",
+    .basicsize = sizeof(cache_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = cache_slots,
+};
+
+/* ---- Sequence ---- */
+
+static void sequence_release(sequence_object *self)
+{
+    if (self->seq != NULL && self->cache->kv != NULL) {
+        lco_py_lock_nogil(self->cache->model);
+        lco_seq_destroy(self->seq);
+        lco_py_unlock_nogil(self->cache->model);
+    }
+    self->seq = NULL;
+}
+
+static void sequence_dealloc(sequence_object *self)
+{
+    sequence_release(self);
+    Py_XDECREF((PyObject *)self->cache);
+    free_object((PyObject *)self);
+}
+
+static int refuse_busy(sequence_object *self)
+{
+    if (self->busy == 0)
+        return 0;
+    PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this sequence is in use by a running generation: close that first");
+    return -1;
+}
+
+static PyObject *sequence_length(sequence_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_seq *seq = lco_py_sequence(self);
+    return seq != NULL ? PyLong_FromLongLong(lco_seq_length(seq)) : NULL;
+}
+
+static PyObject *sequence_fork(sequence_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_seq *seq = lco_py_sequence(self);
+    if (seq == NULL || refuse_busy(self) != 0)
+        return NULL;
+    allocfunc alloc = (allocfunc)PyType_GetSlot(Py_TYPE((PyObject *)self), Py_tp_alloc);
+    sequence_object *copy = (sequence_object *)alloc(Py_TYPE((PyObject *)self), 0);
+    if (copy == NULL)
+        return NULL;
+    Py_INCREF((PyObject *)self->cache);
+    copy->cache = self->cache;
+    lco_error err;
+    lco_status status;
+    LOCKED(self->cache->model, status = lco_seq_fork(seq, &copy->seq, &err));
+    if (status == LCO_OK)
+        return (PyObject *)copy;
+    lco_py_raise((PyObject *)self, &err);
+    Py_DECREF(copy);
+    return NULL;
+}
+
+static PyObject *sequence_truncate(sequence_object *self, PyObject *arg)
+{
+    long long length = PyLong_AsLongLong(arg);
+    if (length == -1 && PyErr_Occurred())
+        return NULL;
+    lco_seq *seq = lco_py_sequence(self);
+    if (seq == NULL || refuse_busy(self) != 0)
+        return NULL;
+    lco_error err;
+    lco_status status;
+    LOCKED(self->cache->model, status = lco_seq_truncate(seq, length, &err));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    Py_RETURN_NONE;
+}
+
+static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
+{
+    if (refuse_busy(self) != 0)
+        return NULL;
+    sequence_release(self);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef sequence_methods[] = {
+    {"length", (PyCFunction)(void (*)(void))sequence_length, METH_NOARGS, "length()\n--\n\nTokens held."},
+    {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS, "fork()\n--\n\nA second sequence that shares all pages until one of them is written."},
+    {"truncate", (PyCFunction)(void (*)(void))sequence_truncate, METH_O, "truncate(length)\n--\n\nKeep the first tokens only."},
+    {"free", (PyCFunction)(void (*)(void))sequence_free, METH_NOARGS, "free()\n--\n\nReturn the pages."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot sequence_slots[] = {
+    {Py_tp_dealloc, sequence_dealloc},
+    {Py_tp_methods, sequence_methods},
+    {Py_tp_doc, "A sequence of a KVCache; made by KVCache.sequence()."},
+    {0, NULL},
+};
+
+PyType_Spec lco_py_sequence_spec = {
+    .name = "llmcoopt._core.Sequence",
+    .basicsize = sizeof(sequence_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = sequence_slots,
+};

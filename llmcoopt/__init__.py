@@ -1,0 +1,24 @@
+"""llmcoopt: run Llama-family language models with an optimised key/value cache. See README.md for a ten-line example."""
+
+from . import errors
+from ._core import isas
+from ._version import __version__
+from .cache import KVCache, Sequence
+from .errors import Error
+from .generation import Generation, GenerationOutput, generate
+from .model import Model
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "Error",
+    "Generation",
+    "GenerationOutput",
+    "KVCache",
+    "Model",
+    "Sequence",
+    "Tokenizer",
+    "__version__",
+    "errors",
+    "generate",
+    "isas",
+]

@@ -1,0 +1,129 @@
+"""KVCache and Sequence: the paged key/value cache, seen from Python."""
+
+import os
+from array import array
+
+from . import _core
+from ._arrays import bytes_text, html_table
+from .errors import ArgumentError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class KVCache:
+    """A pool of pages for the keys and values of one model.
+
+    A page holds `page_size` tokens of all layers. Address space for `max_tokens` is reserved at once; memory is used page by page as tokens are
+    written, and given back when sequences are freed.
+
+    Args:
+        model: the Model whose shape the cache takes.
+        dtype: element type of keys and values: "float32", "float16", "bfloat16"; "auto" is the model's own.
+        page_size: tokens of a page, a multiple of 16 from 16 to 512.
+        max_tokens: tokens over all sequences. None: what fits in half of this machine's memory, at most 64 contexts of the model.
+
+    Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had.
+    """
+
+    def __init__(self, model, dtype: str = "auto", page_size: int = 64, max_tokens: int | None = None):
+        self.model = model
+        self.dtype = model.dtype if dtype == "auto" else dtype
+        if self.dtype not in DTYPES:
+            raise ArgumentError(f"dtype = {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
+        if max_tokens is None:
+            max_tokens = _default_tokens(model.config, 4 if self.dtype == "float32" else 2)
+        self._core = _core.KVCache(model._core, self.dtype, page_size, max_tokens)
+        self.page_size = page_size
+        model._caches.add(self)
+
+    def sequence(self) -> "Sequence":
+        """A new, empty sequence."""
+        return Sequence(self, self._core.sequence(), array("i"))
+
+    def stats(self) -> dict:
+        """Exact counters: pages_total, pages_free, pages_shared, sequences, tokens_held, page_bytes, bytes_per_token, reserved_bytes (address
+        space), resident_bytes (memory in use now, as the system counts it), and since the cache was made tokens_appended, pages_copied."""
+        return self._core.stats()
+
+    def check(self) -> None:
+        """Proves the cache's invariants (no page lost, none counted twice); FormatError names the first that fails."""
+        self._core.check()
+
+    def close(self) -> None:
+        """Gives all memory back. Sequences of this cache can't be used any more. Refused while a generation runs on it."""
+        self._core.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __repr__(self):
+        try:
+            s = self.stats()
+        except ArgumentError:
+            return "KVCache(closed)"
+        return (
+            f"KVCache({self.dtype}, {s['tokens_held']} tokens in {s['sequences']} sequences, "
+            f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory)"
+        )
+
+    def _repr_html_(self):
+        s = self.stats()
+        used = s["pages_total"] - s["pages_free"]
+        rows = {
+            "element type": self.dtype,
+            "tokens held": f"{s['tokens_held']} in {s['sequences']} sequences",
+            "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
+            "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
+            "bytes per token": f"{s['bytes_per_token']:,}",
+        }
+        return html_table("KVCache", rows)
+
+
+class Sequence:
+    """The tokens of one text in a KVCache. Made by KVCache.sequence() and Sequence.fork(); len() is the number of tokens held."""
+
+    def __init__(self, cache: KVCache, core, ids: array):
+        self.cache = cache
+        self._core = core
+        self._ids = ids
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids held, in order."""
+        return self._ids.tolist()
+
+    def __len__(self):
+        return self._core.length()
+
+    def fork(self) -> "Sequence":
+        """A second sequence with the same tokens. Pages are shared until one of the two writes to them."""
+        return Sequence(self.cache, self._core.fork(), array("i", self._ids))
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` tokens. ArgumentError when there are fewer."""
+        self._core.truncate(length)
+        del self._ids[length:]
+
+    def free(self) -> None:
+        """Returns the pages at once (otherwise they return when the object goes)."""
+        self._core.free()
+        del self._ids[:]
+
+    def _extend(self, ids) -> None:
+        """Notes the ids that the core appended: as many of `ids` as its length grew by."""
+        self._ids.extend(int(i) for i in ids[: len(self) - len(self._ids)])
+
+    def __repr__(self):
+        try:
+            return f"Sequence({len(self)} tokens)"
+        except ArgumentError as error:
+            return f"Sequence({error})"
+
+
+def _default_tokens(config, element_bytes: int) -> int:
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(64 * config.max_positions, memory // 2 // per_token))

@@ -1,0 +1,184 @@
+"""Chat templates: messages to the text a model was trained on. Jinja2 in a sandbox, with the helpers that Hugging Face templates expect.
+
+A template is a program from a file, so it is held in bounds: immutable sandbox, a limit on loop rounds, on the text it makes and on the size of
+repeated strings and powers. The sandbox cannot see the file system or attributes that begin with an underscore."""
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from .errors import ArgumentError, Error, FormatError
+
+MAX_ROUNDS = 1_000_000  # rounds of all loops together
+MAX_TEXT = 1 << 26  # characters a template may make
+_COUNTER = "_llmcoopt_counted"
+
+
+class TemplateError(FormatError):
+    """A chat template is wrong, refused the messages, or ran out of bounds."""
+
+
+def render(template: str, messages: Sequence[Mapping], *, add_generation_prompt: bool = False, tools=None, **context) -> str:
+    """The text of `template` for `messages`. `context` is passed on: bos_token, eos_token, documents, and whatever the template knows."""
+    check_messages(messages)
+    compiled = _compile(template)
+    rounds = 0
+
+    def counted(items):
+        nonlocal rounds
+        for item in items:
+            rounds += 1
+            if rounds > MAX_ROUNDS:
+                raise TemplateError(f"chat template: more than {MAX_ROUNDS} loop rounds")
+            yield item
+
+    parts, size = [], 0
+    values = {**context, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, _COUNTER: counted}
+    try:
+        for part in compiled.generate(values):
+            size += len(part)
+            if size > MAX_TEXT:
+                raise TemplateError(f"chat template: more than {MAX_TEXT} characters of text")
+            parts.append(part)
+    except Error:
+        raise
+    except RecursionError:
+        raise TemplateError("chat template: it calls itself without end") from None
+    except SecurityError as error:
+        raise TemplateError(f"chat template: refused by the sandbox: {error}") from error
+    except Exception as error:
+        raise TemplateError(f"chat template{_place(error)}: {type(error).__name__}: {error}") from error
+    return "".join(parts)
+
+
+def render_continued(template: str, messages: Sequence[Mapping], **context) -> str:
+    """The text up to the end of the last message's content, so that a model goes on writing that message."""
+    text = render(template, messages, **context)
+    last = messages[-1].get("content")
+    last = last if isinstance(last, str) else next((p["text"] for p in reversed(last or []) if isinstance(p, Mapping) and "text" in p), "")
+    ending = last.strip()
+    at = text.rfind(ending) if ending else -1
+    if at < 0:
+        raise ArgumentError(f"continue_final_message: the template leaves out the last message's content {reprlib.repr(last)}")
+    kept = text[: at + len(ending)]
+    tail = last[len(last.rstrip()) :]
+    return kept + tail if text[len(kept) :].startswith(tail) else kept
+
+
+def choose(templates: Mapping[str, str], wanted: str | None, has_tools: bool, source: str) -> str:
+    """The template to use: `wanted` is the name of one or a template itself; without it "tool_use" where tools are given, else "default"."""
+    if wanted is not None:
+        if not isinstance(wanted, str):
+            raise ArgumentError(f"chat_template is {type(wanted).__name__}; expected a name or a template as text")
+        if wanted in templates:
+            return templates[wanted]
+        if "{" in wanted:
+            return wanted
+        names = ", ".join(map(repr, templates)) or "none"
+        raise ArgumentError(f"chat_template is {wanted!r}, which is neither a template nor the name of one ({source} has: {names})")
+    if has_tools and "tool_use" in templates:
+        return templates["tool_use"]
+    if "default" in templates:
+        return templates["default"]
+    if not templates:
+        raise ArgumentError(
+            f"{source}: no chat template. Pass one: chat_template='{{% for m in messages %}}...{{% endfor %}}', "
+            "or put chat_template.jinja beside the tokenizer"
+        )
+    raise ArgumentError(f"{source}: the chat templates are {', '.join(map(repr, templates))}, none is 'default'; pass chat_template=NAME")
+
+
+def check_messages(messages) -> None:
+    """Raises ArgumentError unless messages is a sequence of {"role": text, "content": text, list of parts, or None}."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ArgumentError(f"messages is {reprlib.repr(messages)} ({type(messages).__name__}); expected a list of {{'role': ..., 'content': ...}}")
+    if not messages:
+        raise ArgumentError("messages is empty; expected at least one {'role': ..., 'content': ...}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ArgumentError(f"messages[{i}] is {reprlib.repr(message)} ({type(message).__name__}); expected {{'role': ..., 'content': ...}}")
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise ArgumentError(f"messages[{i}]['role'] is {role!r}; expected text such as 'user'")
+        content = message.get("content")
+        if "content" not in message and "tool_calls" not in message:
+            raise ArgumentError(f"messages[{i}] ({role}) has no 'content'; it has {', '.join(map(repr, message))}")
+        if content is not None and (isinstance(content, bytes) or not isinstance(content, str | Sequence)):
+            raise ArgumentError(f"messages[{i}]['content'] is {type(content).__name__}; expected text or a list of parts")
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks what the assistant wrote, for training; here the text inside is plain text."""
+
+    tags = frozenset(["generation"])
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "**" and not (abs(left) <= 1 << 16 and abs(right) <= 64):
+            raise SecurityError(f"{left} ** {right} is too large")
+        for repeated, times in ((left, right), (right, left)):
+            if hasattr(repeated, "__len__") and isinstance(times, int) and len(repeated) * times > MAX_TEXT:
+                raise SecurityError(f"a text or list repeated {times} times is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise_exception(message):
+    raise TemplateError(f"the chat template refuses the messages: {message}")
+
+
+def _strftime_now(form):
+    return datetime.now().strftime(form)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON as Hugging Face templates expect it: no HTML escapes, keys in order, text as it is."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@lru_cache(maxsize=32)
+def _compile(template: str) -> jinja2.Template:
+    environment = _environment()
+    try:
+        tree = environment.parse(template)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Call(nodes.Name(_COUNTER, "load"), [loop.iter], [], None, None).set_lineno(loop.lineno)
+        return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+    except jinja2.TemplateSyntaxError as error:
+        lines = template.splitlines()
+        shown = f": {reprlib.repr(lines[error.lineno - 1].strip())}" if 0 < error.lineno <= len(lines) else ""
+        raise TemplateError(f"chat template, line {error.lineno}{shown}: {error.message}") from None
+    except RecursionError:
+        raise TemplateError("chat template: nested too deeply") from None
+
+
+def _place(error) -> str:
+    """', line N' of the template where a run-time error arose."""
+    line, trace = None, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f", line {line}" if line else ""

@@ -1,0 +1,182 @@
+"""The command line: llmcoopt demo | info | generate | chat."""
+
+import argparse
+import json
+import os
+import sys
+
+from . import __version__
+from .errors import Error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command. Returns 0, 1 after an error (said in one line on stderr), 130 after Ctrl-C; argparse exits with 2 on wrong usage."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except Error as error:
+        print(f"llmcoopt: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nllmcoopt: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmcoopt", description="Run Llama-family language models.")
+    parser.add_argument("--version", action="version", version=f"llmcoopt {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    model_help = "a Hugging Face folder, a .gguf file, 'tiny' (inside this package), 'smollm2' (fetched once, 100 MB) or a hub id"
+
+    demo = commands.add_parser("demo", help="write a short story (or chat with --model smollm2) and show speed and memory")
+    demo.add_argument("--model", default="tiny", help=f"{model_help}; default tiny")
+    demo.add_argument("--prompt", help="how the story begins, or the question to a chat model")
+    _add_options(demo, max_new_tokens=200)
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="what a model is: shape, bytes, cache size, instruction set")
+    info.add_argument("model", metavar="MODEL", help=model_help)
+    _add_common(info)
+    info.set_defaults(run=_info)
+
+    generate = commands.add_parser("generate", help="continue a text")
+    generate.add_argument("model", metavar="MODEL", help=model_help)
+    generate.add_argument("--prompt", required=True, help="the text to continue; '-' reads it from standard input")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end when this text appears; may be given several times")
+    _add_options(generate, max_new_tokens=128)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk to a model that has a chat template")
+    chat.add_argument("model", metavar="MODEL", help=model_help)
+    chat.add_argument("--system", help="the system message")
+    chat.add_argument("--prompt", help="ask this one question and end")
+    _add_options(chat, max_new_tokens=512)
+    chat.set_defaults(run=_chat)
+    return parser
+
+
+def _add_common(parser):
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--threads", type=int, default=0, help="default: all CPUs this process may use")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+
+
+def _add_options(parser, max_new_tokens):
+    _add_common(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"default {max_new_tokens}")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    parser.add_argument("--seed", type=int)
+
+
+def _options(args) -> dict:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def _load(args):
+    from . import loaders
+    from .model import Model
+    from .tokenizer import Tokenizer
+
+    path = loaders.smollm2.fetch() if args.model == "smollm2" else args.model
+    model = Model.from_pretrained(path, dtype=args.dtype, threads=args.threads)
+    return model, Tokenizer.from_pretrained(model.tokenizer_source)
+
+
+def _demo(args):
+    from . import demo
+
+    model, tokenizer = _load(args)
+    demo.run(model, tokenizer, args.prompt, _options(args), as_json=args.json)
+
+
+def _info(args):
+    from ._arrays import bytes_text
+
+    model, tokenizer = _load(args)
+    facts = {**model.facts(), "tokenizer": repr(tokenizer), "chat_template": tokenizer.chat_template is not None}
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return
+    facts["parameters"] = f"{facts['parameters']:,}"
+    facts["weight_bytes"] = bytes_text(facts["weight_bytes"])
+    facts["cache_bytes_per_token"] = f"{bytes_text(facts['cache_bytes_per_token'])} ({bytes_text(facts['cache_bytes_per_token'] * facts['context'])} at full context)"
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key.replace('_', ' '):{width}}  {value}")
+
+
+def _generate(args):
+    from .generation import generate
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model, tokenizer = _load(args)
+    generation = generate(model, prompt, tokenizer=tokenizer, stop_strings=args.stop, **_options(args))
+    if args.json:
+        _print_json(generation.run())
+        return
+    print(prompt, end="", flush=True)
+    for piece in generation.pieces():
+        print(piece, end="", flush=True)
+    print()
+
+
+def _chat(args):
+    from .chat_session import ChatSession
+
+    model, tokenizer = _load(args)
+    session = ChatSession(model, tokenizer, system=args.system, **_options(args))
+    if args.prompt is not None:
+        generation = session.ask(args.prompt)
+        if args.json:
+            _print_json(generation.run())
+        else:
+            _stream(generation)
+        return
+    print(f"{model!r}\nAsk something. An empty line or Ctrl-D ends; Ctrl-C stops an answer.")
+    while True:
+        try:
+            question = input("\n> ")
+        except EOFError:
+            print()
+            return
+        if not question.strip():
+            return
+        try:
+            _stream(session.ask(question))
+        except KeyboardInterrupt:
+            print(" [stopped]")
+
+
+def _stream(generation):
+    with generation:
+        for piece in generation.pieces():
+            print(piece, end="", flush=True)
+        print()
+
+
+def _print_json(generation):
+    print(
+        json.dumps(
+            {
+                "text": generation.text,
+                "prompt_ids": generation.prompt,
+                "ids": generation.ids,
+                "logprobs": generation.logprobs,
+                "finish_reason": generation.finish_reason,
+                "seed": generation.seed,
+                "stats": generation.stats,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

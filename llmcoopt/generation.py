@@ -1,0 +1,370 @@
+"""Text generation: options, the iterator over one sequence, and whole batches.
+
+Scores are processed in this order: repetition_penalty over prompt and output -> (eos banned before min_new_tokens) -> temperature -> top_k ->
+top_p -> min_p -> one draw. The draw is a function of the request's seed and the position alone, so a request gives the same tokens whatever
+runs beside it. (llama.cpp applies temperature last; Hugging Face has this order.)
+"""
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from . import _core
+from ._arrays import as_ids
+from .cache import KVCache, Sequence
+from .errors import ArgumentError
+from .streaming import TextStream
+
+_EMPTY = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate, with Hugging Face's names.
+
+    max_new_tokens: None: as far as the context goes. max_length: prompt + new, an alternative to max_new_tokens.
+    min_new_tokens: no eos before. do_sample: None samples when temperature, top_k, top_p, min_p or seed is given.
+    temperature: 0 means greedy. top_k: 0 off. top_p: 1 off. min_p: 0 off. repetition_penalty: 1 off.
+    seed: None draws one (Generation.seed tells it). eos_token_id: an id or a list; None: the model's own; [] or ignore_eos: none.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    eos_token_id: int | list[int] | None = None
+    ignore_eos: bool = False
+
+    def sampling(self) -> bool:
+        if self.do_sample is not None:
+            return self.do_sample and self.temperature != 0
+        given = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+        return self.temperature != 0 and any(value is not None for value in given)
+
+    def new_tokens(self, n_prompt: int, held: int, context: int) -> int:
+        """How many tokens may be generated after `held` + n_prompt."""
+        room = context - held - n_prompt
+        if room < 0:
+            raise ArgumentError(f"the prompt of {n_prompt} tokens{f' after {held} held' if held else ''} is longer than the context of {context}")
+        if self.max_new_tokens is not None:
+            return _whole("max_new_tokens", self.max_new_tokens)
+        if self.max_length is not None:
+            if _whole("max_length", self.max_length) < held + n_prompt:
+                raise ArgumentError(f"max_length = {self.max_length} is less than the prompt of {held + n_prompt} tokens; max_new_tokens counts new ones only")
+            return self.max_length - held - n_prompt
+        return room
+
+    def request(self, prompt, model, sequence: Sequence | None = None) -> dict:
+        """The arguments of _core.Engine.add."""
+        held = len(sequence) if sequence is not None else 0
+        sampling = self.sampling()
+        return {
+            "prompt": prompt,
+            "max_new_tokens": self.new_tokens(len(prompt), held, model.config.max_positions),
+            "eos": self._eos(model),
+            "ignore_eos": self.ignore_eos,
+            "min_new_tokens": _whole("min_new_tokens", self.min_new_tokens),
+            "do_sample": sampling,
+            "temperature": 1.0 if self.temperature is None or not sampling else _number("temperature", self.temperature),
+            "top_k": 0 if self.top_k is None else _whole("top_k", self.top_k),
+            "top_p": 1.0 if self.top_p is None else _number("top_p", self.top_p),
+            "min_p": 0.0 if self.min_p is None else _number("min_p", self.min_p),
+            "repetition_penalty": _number("repetition_penalty", self.repetition_penalty),
+            "seed": _whole("seed", self.seed if self.seed is not None else secrets.randbits(63), 2**64 - 1),
+            "sequence": sequence._core if sequence is not None else None,
+            "history": np.asarray(sequence._ids, dtype=np.int32) if sequence is not None and len(sequence._ids) else _EMPTY,
+        }
+
+    def _eos(self, model) -> np.ndarray:
+        ids = model.config.eos_token_ids if self.eos_token_id is None else self.eos_token_id
+        ids = [ids] if isinstance(ids, int | np.integer) else list(ids)
+        return as_ids(ids, model.config.vocab_size, "eos_token_id") if ids else _EMPTY
+
+
+def _whole(name: str, value, most: int = 2**31 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= most:
+        raise ArgumentError(f"{name} = {value!r}, expected a whole number from 0 to {most}")
+    return int(value)
+
+
+def _number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise ArgumentError(f"{name} = {value!r}, expected a number")
+    return float(value)
+
+
+class Generation:
+    """An iterator over new token ids; made by `generate`.
+
+    Attributes: ids (new tokens so far), logprobs (of each under the model's raw distribution), finish_reason (None while running, then "eos",
+    "length", "stop" or "cancelled"), text (with a tokenizer; stop strings cut off), seed, stats. Iterate it, or call run(), or pieces() for
+    text as it comes. close() ends it early and returns its pages; so does a `with` block.
+    """
+
+    def __init__(self, model, prompt, options: Options, cache, sequence, tokenizer, stop_strings):
+        self.model, self.tokenizer = model, tokenizer
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = None
+        self._text: list[str] = []
+        self._stream = TextStream(tokenizer, stop=stop_strings) if tokenizer is not None else None
+        self._sequence = sequence
+        request = options.request(prompt, model, sequence)
+        self.prompt = prompt.tolist()
+        self.seed = request["seed"] if request["do_sample"] else None
+        self._own_cache = cache is None and sequence is None
+        if self._own_cache:
+            cache = KVCache(model, max_tokens=len(prompt) + max(1, request["max_new_tokens"]))
+        self.cache = cache if sequence is None else sequence.cache
+        self._engine = _core.Engine(self.cache._core, max_batch=1)
+        self._started, self._first, self._last = time.perf_counter(), None, None
+        self._engine_stats: dict = {}
+        try:
+            self._request = self._engine.add(**request)
+        except BaseException:
+            self.close()
+            raise
+        model._generations.add(self)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> int:
+        if self.finish_reason is not None:
+            raise StopIteration
+        events = []
+        while not events:
+            events = self._engine.step()
+        _, token, logprob, finish, error = events[0]
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        if error is not None:
+            self._finish("error")
+            raise error
+        if token >= 0:
+            self.ids.append(token)
+            self.logprobs.append(logprob)
+            if self._stream is not None and finish != "eos":
+                self._text.append(self._stream.put(token))
+                if self._stream.stopped:
+                    finish = "stop"
+        if finish is not None:
+            self._finish(finish)
+        if token < 0:
+            raise StopIteration
+        return token
+
+    def _finish(self, reason: str) -> None:
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            if self._stream is not None and reason != "stop":
+                self._text.append(self._stream.finish())
+            self.close()
+
+    def pieces(self):
+        """Text as it comes: yields strings whose concatenation is `text`. Needs a tokenizer."""
+        if self._stream is None:
+            raise ArgumentError("pieces() needs text: pass tokenizer= to generate")
+        shown = 0
+        for _ in self:
+            text = self.text
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+        if len(self.text) > shown:
+            yield self.text[shown:]
+
+    def run(self) -> "Generation":
+        """Generates to the end; returns self."""
+        for _ in self:
+            pass
+        return self
+
+    @property
+    def text(self) -> str:
+        """The new text so far, whole characters only, without what may be the beginning of a stop string."""
+        if len(self._text) > 1:
+            self._text = ["".join(self._text)]
+        return self._text[0] if self._text else ""
+
+    @property
+    def stats(self) -> dict:
+        """prompt_tokens, new_tokens, seconds to the first token, decode_tokens_per_second, cache (its stats), engine (steps and seconds)."""
+        first, last, n = self._first, self._last, len(self.ids)
+        return {
+            "prompt_tokens": len(self.prompt),
+            "new_tokens": n,
+            "time_to_first_token": first - self._started if first else None,
+            "prompt_tokens_per_second": len(self.prompt) / (first - self._started) if first else None,
+            "decode_tokens_per_second": (n - 1) / (last - first) if n > 1 and last > first else None,
+            "cache": self._engine_stats.get("cache") or self.cache.stats(),
+            "engine": self._engine_stats.get("engine") or self._engine.stats(),
+        }
+
+    def close(self) -> None:
+        """Ends the generation and returns its pages (a sequence that was passed keeps its tokens)."""
+        if self._engine_stats:
+            return
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+        self._engine_stats = {"engine": self._engine.stats(), "cache": self.cache.stats()}
+        self._engine.close()
+        if self._sequence is not None:
+            self._sequence._extend(self.prompt + self.ids)
+        if self._own_cache:
+            self.cache.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __repr__(self):
+        state = self.finish_reason or "running"
+        return f"Generation({len(self.prompt)} prompt + {len(self.ids)} new tokens, {state})"
+
+
+def generate(model, ids, *, tokenizer=None, stop_strings=None, cache=None, sequence: Sequence | None = None, **options) -> Generation:
+    """Generates from one prompt; returns an iterator over the new token ids.
+
+    Args:
+        model: a Model.
+        ids: the prompt's token ids (or a string, with a tokenizer).
+        tokenizer: gives the result `.text` and allows stop_strings.
+        stop_strings: a string or list; generation ends when one appears, also across tokens. They are cut from `.text`.
+        cache: a KVCache to take pages from; None: one of its own, as large as needed.
+        sequence: a Sequence to go on with; the prompt is appended to what it holds, and it keeps prompt and output afterwards (the last token
+            is not computed yet, so not held).
+        **options: the fields of `Options`: max_new_tokens, temperature, top_p, seed, ...
+
+    Raises ArgumentError for a wrong option, OutOfPagesError, NumericError.
+    """
+    if isinstance(ids, str):
+        if tokenizer is None:
+            raise ArgumentError("ids: found a string; pass tokenizer= too, or token ids")
+        ids = tokenizer.encode(ids)
+    stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    if stop and tokenizer is None:
+        raise ArgumentError("stop_strings need text: pass tokenizer=")
+    if sequence is not None and cache is not None and sequence.cache is not cache:
+        raise ArgumentError("sequence: it belongs to another cache than the one passed")
+    return Generation(model, as_ids(ids, model.config.vocab_size), _options(options), cache, sequence, tokenizer, stop)
+
+
+def _options(options: dict) -> Options:
+    unknown = options.keys() - Options.__dataclass_fields__.keys()
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; known: {', '.join(Options.__dataclass_fields__)}")
+    return Options(**options)
+
+
+@dataclass
+class GenerationOutput:
+    """Result of generate_batch(return_dict_in_generate=True), a row per prompt."""
+
+    sequences: list[list[int]]  # prompt + new ids
+    new_ids: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+    errors: list[Exception | None]
+    stats: dict = field(default_factory=dict)
+
+
+def generate_batch(
+    model,
+    input_ids,
+    *,
+    attention_mask=None,
+    cache=None,
+    max_batch: int = 64,
+    return_full: bool = True,
+    return_dict_in_generate: bool = False,
+    progress: bool = False,
+    **options,
+):
+    """Generates for many prompts at once.
+
+    Args:
+        input_ids: a list of lists of token ids, of any lengths, or an array [n, length] (then attention_mask tells padding: 0).
+        max_batch: sequences computed at once; the others wait.
+        return_full: rows are prompt + new ids, as Hugging Face returns them; False: new ids alone.
+        return_dict_in_generate: a GenerationOutput instead, where a row that failed has its error and the others their result.
+        progress: a bar over the prompts.
+        **options: the fields of `Options`; `seed` may be a list, a seed per prompt. With one seed every row draws as it would alone.
+
+    Returns a list of lists. Without return_dict_in_generate the first error of any row is raised, after the others were stopped.
+    """
+    prompts = _prompts(input_ids, attention_mask, model.config.vocab_size)
+    seeds = options.pop("seed", None)
+    seeds = list(seeds) if isinstance(seeds, list | tuple | np.ndarray) else [seeds] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise ArgumentError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts")
+    requests = [_options({**options, "seed": seed}).request(prompt, model) for prompt, seed in zip(prompts, seeds, strict=True)]
+    if any(seed is not None for seed in seeds) and options.get("do_sample") is None and options.get("temperature") != 0:
+        for request in requests:  # one seeded row makes the whole batch sample
+            request["do_sample"] = True
+    own = cache is None
+    if own:
+        longest = sorted((len(r["prompt"]) + r["max_new_tokens"] for r in requests), reverse=True)[:max_batch]
+        cache = KVCache(model, max_tokens=max(1, sum(-(-n // 64) * 64 for n in longest)))
+    try:
+        output = _run_batch(model, cache, requests, max_batch, return_dict_in_generate, progress)
+    finally:
+        if own:
+            cache.close()
+    if return_dict_in_generate:
+        return output
+    return output.sequences if return_full else output.new_ids
+
+
+def _run_batch(model, cache, requests, max_batch, keep_errors, progress) -> GenerationOutput:
+    n = len(requests)
+    output = GenerationOutput([], [[] for _ in range(n)], [[] for _ in range(n)], [""] * n, [None] * n)
+    engine = _core.Engine(cache._core, max_batch=max(1, min(max_batch, n)))
+    try:
+        rows = {engine.add(**request): i for i, request in enumerate(requests)}
+        with tqdm(total=n, unit="prompt", disable=not progress) as bar:
+            while rows:
+                for request, token, logprob, finish, error in engine.step():
+                    i = rows[request]
+                    if error is not None and not keep_errors:
+                        raise error
+                    if token >= 0:
+                        output.new_ids[i].append(token)
+                        output.logprobs[i].append(logprob)
+                    if finish is not None:
+                        output.finish_reasons[i], output.errors[i] = finish, error
+                        del rows[request]
+                        bar.update()
+        output.stats = {"cache": cache.stats(), "engine": engine.stats()}
+    finally:
+        engine.close()
+    output.sequences = [request["prompt"].tolist() + new for request, new in zip(requests, output.new_ids, strict=True)]
+    return output
+
+
+def _prompts(input_ids, attention_mask, vocab_size) -> list[np.ndarray]:
+    if isinstance(input_ids, dict):
+        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+        input_ids = input_ids.get("input_ids")
+    rows = list(input_ids) if input_ids is not None else []
+    if not rows:
+        raise ArgumentError("input_ids: no prompt")
+    if isinstance(rows[0], int | np.integer):
+        rows = [rows]
+    if attention_mask is not None:
+        masks = [np.asarray(mask).astype(bool) for mask in attention_mask]
+        if [len(mask) for mask in masks] != [len(row) for row in rows]:
+            raise ArgumentError("attention_mask: expected the shape of input_ids")
+        rows = [np.asarray(row)[mask] for row, mask in zip(rows, masks, strict=True)]
+    return [as_ids(row, vocab_size, f"input_ids[{i}]") for i, row in enumerate(rows)]

@@ -1,0 +1,39 @@
+"""What every loader returns, and how loaders use the machine's processors."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import ModelConfig
+from .safetensors import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedCheckpoint:
+    """A checkpoint as named arrays, not yet bound to a model. The tensors keep their files mapped."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]  # by Hugging Face's names
+    path: Path  # the folder or .gguf file
+    format: str  # "safetensors" or "gguf"
+    tokenizer_source: Path  # the folder or .gguf file that the tokenizer is to be read from
+    generation_config: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)  # of a GGUF file, as read_metadata gives it
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def __repr__(self):
+        return f"LoadedCheckpoint({self.config.model_type}, {len(self.tensors)} tensors, {self.nbytes / 1e6:.1f} MB, {str(self.path)!r})"
+
+
+def in_threads(run: Callable, jobs: Iterable) -> list:
+    """[run(job) for job in jobs], on as many threads as the process may use. After a failure, jobs not begun are dropped."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        return list(pool.map(run, jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)

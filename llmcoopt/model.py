@@ -1,0 +1,167 @@
+"""Model: weights and shape of a Llama-family model, and its forward pass."""
+
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from . import _core, loaders
+from ._arrays import as_ids, bytes_text, html_table
+from .cache import KVCache, Sequence
+from .errors import ArgumentError, UnsupportedError
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
+CHUNK = 512  # prompt tokens computed at once; Ctrl-C is heard between chunks
+
+
+class Model:
+    """A language model on the CPU. Make one with `Model.from_pretrained`.
+
+    Attributes: config (ModelConfig), dtype (of the weight matrices), name, path, isa (instruction set in use), threads, num_parameters,
+    weight_bytes. Use it as a context manager, or call close(), to stop its threads and release the mapped files.
+    """
+
+    def __init__(self, checkpoint, threads: int = 0, isa: str | None = None):
+        self.config = checkpoint.config
+        self.path = Path(checkpoint.path)
+        self.format = checkpoint.format
+        self.tokenizer_source = checkpoint.tokenizer_source
+        self.generation_config = checkpoint.generation_config
+        tensors = list(checkpoint.tensors.values())
+        self._core = _core.Model(self.config.to_core(), [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors], threads, isa)
+        info = self._core.info()
+        self.isa, self.isa_detail, self.threads = info["isa"], info["isa_detail"], info["threads"]
+        self.num_parameters = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
+        self.weight_bytes = sum(memoryview(t.data).nbytes for t in tensors)
+        self.dtype = next(DTYPES[t.dtype] for t in tensors if t.name.endswith("q_proj.weight"))
+        self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self._generations: weakref.WeakSet = weakref.WeakSet()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        threads: int = 0,
+        isa: str | None = None,
+        revision: str | None = None,
+        tie_word_embeddings: bool | None = None,
+    ) -> "Model":
+        """Loads a model.
+
+        Args:
+            pretrained_model_name_or_path: a Hugging Face folder, a .gguf file, "tiny" (the model inside this package), or a hub id
+                ("org/name", needs huggingface_hub unless it is in the local cache).
+            device: "auto" or "cpu".
+            dtype: "auto" keeps the file's type (block formats of GGUF become bfloat16); "float32", "float16", "bfloat16" convert.
+            threads: 0 uses every CPU this process may run on.
+            isa: "ref", "avx2", "avx512", "amx"; None takes the best, or what LLMCOOPT_ISA says.
+            revision: of a hub id.
+            tie_word_embeddings: overrides the config.
+
+        Files are memory-mapped and used in place where the type is kept. Raises MissingFileError, FormatError (file and tensor named),
+        UnsupportedError, OutOfMemoryError.
+        """
+        if device not in ("auto", "cpu"):
+            raise UnsupportedError(f"device = {device!r}: this version runs on the CPU; pass device='cpu' or leave it out")
+        path = loaders.resolve(pretrained_model_name_or_path, revision=revision)
+        return cls(loaders.load(path, dtype=dtype, tie_word_embeddings=tie_word_embeddings), threads=threads, isa=isa)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem if self.path.suffix == ".gguf" else self.path.name
+
+    def forward(self, ids, sequence: Sequence | None = None, last_only: bool = False) -> np.ndarray:
+        """Computes `ids` after what `sequence` holds, appends them to it, and returns logits.
+
+        Args:
+            ids: token ids, n of them.
+            sequence: where keys and values go; None: a temporary one.
+            last_only: only the logits after the last id.
+
+        Returns float32 [n, vocab_size], or [vocab_size] when last_only. Prompts are computed in chunks of 512; on an error or Ctrl-C the
+        sequence is as it was before the call. Raises ArgumentError (empty, out of range, longer than the context), OutOfPagesError,
+        NumericError when a logit is NaN.
+        """
+        ids = as_ids(ids, self.config.vocab_size)
+        if sequence is None:
+            with KVCache(self, max_tokens=len(ids)) as cache:
+                return self.forward(ids, cache.sequence(), last_only)
+        start, n, vocab = len(sequence), len(ids), self.config.vocab_size
+        if start + n > self.config.max_positions:
+            raise ArgumentError(
+                f"ids: {n} tokens after {start} held make {start + n}, the model's context is {self.config.max_positions}"
+            )
+        logits = np.empty(vocab if last_only else (n, vocab), dtype=np.float32)
+        try:
+            for at in range(0, n, CHUNK):
+                part = ids[at : at + CHUNK]
+                out = logits[at : at + CHUNK] if not last_only else logits if at + CHUNK >= n else None
+                self._core.forward(sequence._core, part, out, last_only, rope_length=start + n, prompt=n > 1)
+        except BaseException:
+            sequence._core.truncate(start)
+            raise
+        sequence._extend(ids)
+        return logits
+
+    __call__ = forward
+
+    def generate(self, input_ids, **options):
+        """Generates for a batch of prompts of any lengths, all in one running batch. See `llmcoopt.generation.generate_batch`."""
+        from .generation import generate_batch
+
+        return generate_batch(self, input_ids, **options)
+
+    def close(self) -> None:
+        """Ends generations and caches of this model, stops its threads and releases the weights. The object can't be used afterwards."""
+        for item in [*self._generations, *self._caches]:
+            item.close()
+        self._core.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def facts(self) -> dict:
+        """What the model is, for people and for --json: family, shape, parameters, bytes, instruction set, threads."""
+        c = self.config
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "format": self.format,
+            "model_type": c.model_type,
+            "parameters": self.num_parameters,
+            "weight_bytes": self.weight_bytes,
+            "dtype": self.dtype,
+            "layers": c.num_hidden_layers,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "heads": c.num_attention_heads,
+            "kv_heads": c.num_key_value_heads,
+            "head_dim": c.head_dim,
+            "vocab_size": c.vocab_size,
+            "context": c.max_positions,
+            "sliding_window": max(c.window) if c.window else None,
+            "rope": c.rope.kind,
+            "tied_embeddings": c.tie_word_embeddings,
+            "cache_bytes_per_token": 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (4 if self.dtype == "float32" else 2),
+            "isa": self.isa_detail,
+            "threads": self.threads,
+        }
+
+    def __repr__(self):
+        c = self.config
+        return (
+            f"Model({self.name!r}, {c.model_type}, {self.num_parameters / 1e6:.1f} M parameters, {self.dtype}, "
+            f"{c.num_hidden_layers} layers, {c.num_attention_heads}:{c.num_key_value_heads} heads of {c.head_dim}, {self.isa_detail}, "
+            f"{self.threads} threads)"
+        )
+
+    def _repr_html_(self):
+        facts = self.facts()
+        facts["weight_bytes"] = bytes_text(facts["weight_bytes"])
+        return html_table(f"Model {self.name}", facts)

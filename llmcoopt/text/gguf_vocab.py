@@ -1,0 +1,146 @@
+"""The tokenizer in a GGUF file's metadata (keys tokenizer.ggml.*): SentencePiece BPE ("llama") and byte-level BPE ("gpt2")."""
+
+import warnings
+
+from tokenizers import AddedToken as RustAdded
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from ..errors import FormatError, UnsupportedError
+from .detokenizer import BYTE_ALPHABET
+from .facts import TokenizerFacts, surround
+from .normalizer import Normalizer
+from .pretokenizers import ADD_BOS, EXPRESSIONS, IGNORE_MERGES
+from .rust import RustEncoder, guarded
+from .segmenters import BpeSegmenter
+from .sentencepiece import ALWAYS, NEVER, AddedToken, SentencePieceEncoder
+from .spm_file import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+
+_MODEL = "tokenizer.ggml.model"
+_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token", "mask": "mask_token"}
+# Pieces that end a turn or a text in the chat formats of Llama-family models; a file names only one as its end-of-text token.
+_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>")
+_LLAMA_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
+
+
+def from_metadata(metadata: dict, where: str):
+    """(encoder, facts) of a file's metadata. Raises FormatError and UnsupportedError, each naming the key."""
+    kind = metadata.get(_MODEL)
+    if kind is None:
+        raise FormatError(f"{where}: no key {_MODEL}: the file holds no tokenizer")
+    if kind not in ("llama", "gpt2"):
+        raise UnsupportedError(f"{where}: {_MODEL} is {kind!r}; expected 'llama' or 'gpt2'")
+    tokens = _list(metadata, "tokens", str, where)
+    if not tokens:
+        raise FormatError(f"{where}: tokenizer.ggml.tokens is missing or empty")
+    types = [int(t) for t in _list(metadata, "token_type", int, where, len(tokens))] or [NORMAL] * len(tokens)
+    ids = _special_ids(metadata, kind, len(tokens), where)
+    encoder = (_llama if kind == "llama" else _gpt2)(metadata, tokens, types, where)
+    return encoder, _facts(metadata, kind, tokens, types, ids, where)
+
+
+def _list(metadata, name, item, where, size=None):
+    key = f"tokenizer.ggml.{name}"
+    found = metadata.get(key)
+    if found is None:
+        return []
+    if isinstance(found, str | bytes | int | float):
+        raise FormatError(f"{where}: {key} is {found!r}; expected an array")
+    found = found.tolist() if hasattr(found, "tolist") else list(found)
+    if size is not None and len(found) != size:
+        raise FormatError(f"{where}: {key} has {len(found)} entries; expected {size}, one for each token")
+    bad = next((i for i, value in enumerate(found) if not isinstance(value, item)), None)
+    if bad is not None:
+        raise FormatError(f"{where}: {key}[{bad}] is {found[bad]!r}; expected {getattr(item, '__name__', 'a number')}")
+    return found
+
+
+def _special_ids(metadata, kind, size, where):
+    ids = {}
+    for name in (*_NAMES, "eot", "eom"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = metadata.get(key)
+        if value is None and kind == "llama" and _LLAMA_DEFAULTS.get(name, size) < size:
+            value = _LLAMA_DEFAULTS[name]
+        if value is None:
+            continue
+        if not 0 <= int(value) < size:
+            warnings.warn(f"{where}: {key} is {value}, but there are {size} tokens; ignored", stacklevel=4)
+            continue
+        ids[name] = int(value)
+    return ids
+
+
+def _facts(metadata, kind, tokens, types, ids, where):
+    pre = metadata.get("tokenizer.ggml.pre")
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    if add_bos is None:
+        add_bos = kind == "llama" or pre in ADD_BOS
+    before, after = surround([], [], ids.get("bos"), ids.get("eos"), bool(add_bos), bool(metadata.get("tokenizer.ggml.add_eos_token")))
+    control = {token: i for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)}
+    ends = [ids[name] for name in ("eos", "eot", "eom") if name in ids] + [control[end] for end in _ENDS if end in control]
+    return TokenizerFacts(
+        where,
+        special={name: tokens[ids[short]] for short, name in _NAMES.items() if short in ids},
+        before=before,
+        after=after,
+        end_ids=list(dict.fromkeys(ends)),
+        chat_templates=_templates(metadata, where),
+    )
+
+
+def _templates(metadata, where):
+    found = {}
+    for key, value in metadata.items():
+        if key != "tokenizer.chat_template" and not key.startswith("tokenizer.chat_template."):
+            continue
+        if not isinstance(value, str):
+            raise FormatError(f"{where}: {key} is {type(value).__name__}; expected text")
+        found[key.removeprefix("tokenizer.chat_template").lstrip(".") or "default"] = value
+    return found
+
+
+def _llama(metadata, tokens, types, where):
+    scores = [float(s) for s in _list(metadata, "scores", int | float, where, len(tokens))]
+    if not scores:
+        raise FormatError(f"{where}: tokenizer.ggml.scores is missing; a 'llama' vocabulary needs the scores of its tokens")
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix")
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
+    segmenter = BpeSegmenter(tokens, scores, types, unknown, BYTE in types)
+    normalizer = Normalizer(remove_extra_spaces=bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)))
+    added = [AddedToken(token, i, types[i] == CONTROL) for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED) and token]
+    dummy = ALWAYS if prefix is None or prefix else NEVER
+    return SentencePieceEncoder(tokens, types, segmenter, normalizer, dummy=dummy, added=added, unk_surface=" \u2047 ")
+
+
+def _gpt2(metadata, tokens, types, where):
+    merges = [_merge(m, i, where) for i, m in enumerate(_list(metadata, "merges", str, where))]
+    if not merges:
+        raise FormatError(f"{where}: tokenizer.ggml.merges is missing; a 'gpt2' vocabulary needs them")
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in EXPRESSIONS:
+        said = "is missing" if pre is None else f"{pre!r} is not known"
+        warnings.warn(f"{where}: tokenizer.ggml.pre {said}; splitting text as 'default', which may give other ids than in training", stacklevel=4)
+        pre = "default"
+    vocabulary = {token: i for i, token in reversed(list(enumerate(tokens)))}
+    inner = guarded(
+        lambda: Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in IGNORE_MERGES)), f"{where}: tokenizer.ggml.merges"
+    )
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in EXPRESSIONS[pre]]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    inner.decoder = decoders.ByteLevel()
+    missing = [char for char in BYTE_ALPHABET if char not in vocabulary]
+    if missing:
+        warnings.warn(f"{where}: {len(missing)} of 256 byte values have no token; text with them loses those bytes", stacklevel=4)
+    for special in (True, False):
+        wanted = CONTROL if special else USER_DEFINED
+        found = [RustAdded(t, special=special, normalized=False) for i, t in enumerate(tokens) if types[i] == wanted and t]
+        (inner.add_special_tokens if special else inner.add_tokens)(found)
+    return RustEncoder(inner, tokens)
+
+
+def _merge(text, index, where):
+    """The two halves of a merge. A half may begin with a blank, so the separator is looked for after the first character."""
+    at = text.find(" ", 1)
+    if at < 0 or at + 1 == len(text):
+        raise FormatError(f"{where}: tokenizer.ggml.merges[{index}] is {text!r}; expected two pieces with a blank between")
+    return text[:at], text[at + 1 :]

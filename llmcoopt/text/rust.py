@@ -1,0 +1,87 @@
+"""The encoder for everything that the `tokenizers` library runs: tokenizer.json files, and byte-level BPE from GGUF metadata."""
+
+import json
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Tokenizer
+
+from ..errors import ArgumentError, FormatError
+from .detokenizer import from_decoder
+
+
+def from_json(text: str, where: str) -> "RustEncoder":
+    """The encoder of a tokenizer.json text. Truncation and padding that the file may ask for are off: an encoding is the whole text."""
+    inner = guarded(lambda: Tokenizer.from_str(text), where)
+    inner.no_truncation()
+    inner.no_padding()
+    return RustEncoder(inner)
+
+
+def guarded(make, where: str):
+    """make(), with whatever the library throws, panics included, as FormatError."""
+    try:
+        return make()
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise FormatError(f"{where}: the tokenizers library cannot use it: {error}") from None
+        raise
+
+
+class RustEncoder:
+    """Text to ids and ids to pieces over a `tokenizers.Tokenizer`. `tokens` overrides the id -> piece table (GGUF may repeat pieces)."""
+
+    def __init__(self, inner: Tokenizer, tokens: Sequence[str] | None = None):
+        self.inner = inner
+        self.kind = type(inner.model).__name__
+        self._tokens = tokens
+        self._plain: Tokenizer | None = None
+        self._decoder = json.loads(inner.decoder.__getstate__()) if inner.decoder is not None else None
+        self.refresh()
+
+    def refresh(self):
+        """Reads the sizes and the added tokens anew, after tokens were added."""
+        self.base_size = self.inner.get_vocab_size(with_added_tokens=False)
+        self.size = max(self.inner.get_vocab_size(with_added_tokens=True), len(self._tokens or ()))
+        added = self.inner.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.detokenizer = from_decoder(self._decoder, self.token)
+
+    def token(self, token_id: int) -> str | None:
+        if self._tokens is not None and token_id < len(self._tokens):
+            return self._tokens[token_id]
+        return self.inner.id_to_token(token_id)
+
+    def id(self, token: str) -> int | None:
+        return self.inner.token_to_id(token)
+
+    def add(self, token: AddedToken) -> int | None:
+        """Adds a token, and returns its id."""
+        (self.inner.add_special_tokens if token.special else self.inner.add_tokens)([token])
+        return self.inner.token_to_id(token.content)
+
+    def encode(self, text: str, parse_special: bool = True) -> list[int]:
+        inner = self.inner if parse_special else self._without_special()
+        try:
+            return inner.encode(text, add_special_tokens=False).ids
+        except Exception as error:
+            raise ArgumentError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+    def template(self) -> tuple[list[int], list[int]]:
+        """The ids that the file's post-processor puts before and after a text."""
+        inside = self.inner.encode("a", add_special_tokens=False).ids
+        whole = self.inner.encode("a", add_special_tokens=True).ids
+        extra = len(whole) - len(inside)
+        for before in range(extra + 1):
+            if whole[before : before + len(inside)] == inside:
+                return whole[:before], whole[before + len(inside) :]
+        return [], []
+
+    def _without_special(self):
+        if self._plain is None:
+            plain = Tokenizer.from_str(self.inner.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        return self._plain

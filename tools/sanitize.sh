@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Builds the C tests and the extension with AddressSanitizer and UndefinedBehaviorSanitizer and runs both suites under them.
+# The sanitized extension goes to build/sanitized/llmcoopt, beside a copy of the Python files: the installed one stays as it is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "${PYTHON:-.venv/bin/python}")
+export LLMCOOPT_SANITIZE=address,undefined UBSAN_OPTIONS=print_stacktrace=1
+
+"$python" setup.py --quiet build_ctest
+for test in build/ctest-sanitize/test_*; do
+    [ -x "$test" ] && { echo "$test"; "$test"; }
+done
+
+"$python" setup.py --quiet build_ext --build-lib build/sanitized
+cp -r llmcoopt build/sanitized/
+rm -f build/sanitized/llmcoopt/_core*.so
+"$python" setup.py --quiet build_ext --build-lib build/sanitized
+unset LLMCOOPT_SANITIZE
+# Python itself leaks by design, so leaks are looked for by the C tests and by tests/python; verify_asan_link_order: the runtime is preloaded.
+ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$(${CC:-cc} -print-file-name=libasan.so) $(${CC:-cc} -print-file-name=libubsan.so)" \
+    PYTHONPATH="$PWD/build/sanitized" "$python" -m pytest -p no:cacheprovider -q "${@:-tests}" -m "not parity and not slow"
