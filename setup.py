@@ -60,7 +60,9 @@ def python_include():
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").exists():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        sys.exit(f"llmcoopt needs the Python headers to build: install them with 'apt-get install python{version}-dev' ({include}/Python.h is missing).")
+        sys.exit(
+            f"llmcoopt needs the Python headers ({include}/Python.h is missing): install them with 'apt-get install python{version}-dev'."
+        )
     return include
 
 
@@ -104,7 +106,7 @@ class BuildExt(build_ext):
 
 class BuildCTest(Command):
     description = "build the C tests into build/ctest"
-    user_options = []
+    user_options = ()
 
     def initialize_options(self):
         pass

@@ -1,7 +1,5 @@
 """A conversation that keeps its cache: each turn computes only the tokens that the turns before did not."""
 
-import os
-
 from .cache import KVCache
 from .generation import Generation, generate
 
@@ -28,7 +26,7 @@ class ChatSession:
         messages = [*self.messages, {"role": "user", "content": question}]
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         held = self._sequence.ids
-        same = len(os.path.commonprefix([held, ids[:-1]]))  # one token at least is left to compute
+        same = next((i for i, (a, b) in enumerate(zip(held, ids[:-1], strict=False)) if a != b), min(len(held), len(ids) - 1))
         self._sequence.truncate(same)
         self._answer = generate(self.model, ids[same:], tokenizer=self.tokenizer, sequence=self._sequence, **self.options)
         self.messages = messages

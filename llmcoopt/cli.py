@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a text")
     generate.add_argument("model", metavar="MODEL", help=model_help)
     generate.add_argument("--prompt", required=True, help="the text to continue; '-' reads it from standard input")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end when this text appears; may be given several times")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end when this text appears; may be given several times"
+    )
     _add_options(generate, max_new_tokens=128)
     generate.set_defaults(run=_generate)
 
@@ -107,7 +109,9 @@ def _info(args):
         return
     facts["parameters"] = f"{facts['parameters']:,}"
     facts["weight_bytes"] = bytes_text(facts["weight_bytes"])
-    facts["cache_bytes_per_token"] = f"{bytes_text(facts['cache_bytes_per_token'])} ({bytes_text(facts['cache_bytes_per_token'] * facts['context'])} at full context)"
+    facts["cache_bytes_per_token"] = (
+        f"{bytes_text(facts['cache_bytes_per_token'])} ({bytes_text(facts['cache_bytes_per_token'] * facts['context'])} at full context)"
+    )
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key.replace('_', ' '):{width}}  {value}")

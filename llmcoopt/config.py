@@ -18,7 +18,10 @@ FAMILIES = {
 }
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _INT32 = 2**31 - 1
-_LAYERS = 100_000
+# What the core accepts: larger sizes are damaged files.
+_MOST_LAYERS = _MOST_HEADS = 2**16
+_MOST_WIDTH = 2**24
+_MOST_HEAD_DIM = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +118,9 @@ def parse_config(config: dict, generation_config: dict | None = None, source: st
     `source` names the file in messages. Raises FormatError (key, found, expected) and UnsupportedError (model type, rope kind)."""
     keys = _Keys(_mapping(config, source), source)
     family = _family(keys)
-    heads = keys.integer("num_attention_heads")
-    hidden = keys.integer("hidden_size")
-    layers = keys.integer("num_hidden_layers", most=_LAYERS)
+    heads = keys.integer("num_attention_heads", most=_MOST_HEADS)
+    hidden = keys.integer("hidden_size", most=_MOST_WIDTH)
+    layers = keys.integer("num_hidden_layers", most=_MOST_LAYERS)
     head_dim = _head_dim(keys, family, hidden, heads)
     max_positions = keys.integer("max_position_embeddings", FAMILIES[family]["max_position_embeddings"], most=2**53)
     activation = keys.get("hidden_act", "silu")
@@ -128,7 +131,7 @@ def parse_config(config: dict, generation_config: dict | None = None, source: st
         model_type=family,
         vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=keys.integer("intermediate_size"),
+        intermediate_size=keys.integer("intermediate_size", most=_MOST_WIDTH),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_kv_heads(keys, heads),
@@ -235,7 +238,7 @@ def _head_dim(keys, family, hidden, heads):
                 f"{keys.source}: hidden_size is {hidden}, no multiple of num_attention_heads {heads}, and head_dim is missing"
             )
         default = hidden // heads
-    head_dim = keys.integer("head_dim", default)
+    head_dim = keys.integer("head_dim", default, most=_MOST_HEAD_DIM)
     if head_dim % 2:
         raise FormatError(f"{keys.source}: head_dim is {head_dim}; expected an even number, as rope turns pairs")
     return head_dim

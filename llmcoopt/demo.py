@@ -113,12 +113,16 @@ def _facts(model, generation, seconds) -> dict:
 
 
 def _table(facts):
-    speed = facts["decode_tokens_per_second"]
-    rows = [
-        ("tokens", f"{facts['prompt_tokens']} prompt + {facts['new_tokens']} new ({facts['finish_reason']})"),
-        ("speed", f"{speed:.1f} tokens/s, {1e3 / speed:.2f} ms a token, first after {facts['time_to_first_token'] * 1e3:.0f} ms" if speed else "-"),
-        ("cache", f"{facts['cache_tokens']} tokens in {facts['cache_pages']} pages, {bytes_text(facts['cache_bytes'])} ({facts['cache_dtype']}, {facts['cache_bytes_per_token']:,} bytes a token)"),
-        ("memory", f"{bytes_text(facts['weight_bytes'])} weights, {bytes_text(facts['peak_memory_bytes'])} peak of this process"),
-    ]
-    for name, text in rows:
+    speed, first = facts["decode_tokens_per_second"], facts["time_to_first_token"]
+    cache, element = bytes_text(facts["cache_bytes"]), facts["cache_dtype"]
+    weights, peak = bytes_text(facts["weight_bytes"]), bytes_text(facts["peak_memory_bytes"])
+    rows = {
+        "tokens": f"{facts['prompt_tokens']} prompt + {facts['new_tokens']} new ({facts['finish_reason']})",
+        "speed": f"{speed:.1f} tokens/s, {1e3 / speed:.2f} ms a token, first after {first * 1e3:.0f} ms"
+        if speed
+        else "one token is too few to tell",
+        "cache": f"{facts['cache_tokens']} tokens in {facts['cache_pages']} pages, {cache} ({element})",
+        "memory": f"{weights} of weights; {peak} at the peak of this process",
+    }
+    for name, text in rows.items():
         print(f"  {name:8} {text}")

@@ -54,12 +54,16 @@ class Options:
         """How many tokens may be generated after `held` + n_prompt."""
         room = context - held - n_prompt
         if room < 0:
-            raise ArgumentError(f"the prompt of {n_prompt} tokens{f' after {held} held' if held else ''} is longer than the context of {context}")
+            raise ArgumentError(
+                f"the prompt of {n_prompt} tokens{f' after {held} held' if held else ''} is longer than the context of {context}"
+            )
         if self.max_new_tokens is not None:
             return _whole("max_new_tokens", self.max_new_tokens)
         if self.max_length is not None:
             if _whole("max_length", self.max_length) < held + n_prompt:
-                raise ArgumentError(f"max_length = {self.max_length} is less than the prompt of {held + n_prompt} tokens; max_new_tokens counts new ones only")
+                raise ArgumentError(
+                    f"max_length = {self.max_length} is less than the prompt's {held + n_prompt} tokens; use max_new_tokens"
+                )
             return self.max_length - held - n_prompt
         return room
 

@@ -91,9 +91,7 @@ class Model:
                 return self.forward(ids, cache.sequence(), last_only)
         start, n, vocab = len(sequence), len(ids), self.config.vocab_size
         if start + n > self.config.max_positions:
-            raise ArgumentError(
-                f"ids: {n} tokens after {start} held make {start + n}, the model's context is {self.config.max_positions}"
-            )
+            raise ArgumentError(f"ids: {n} tokens after {start} held make {start + n}, the model's context is {self.config.max_positions}")
         logits = np.empty(vocab if last_only else (n, vocab), dtype=np.float32)
         try:
             for at in range(0, n, CHUNK):

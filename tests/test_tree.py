@@ -83,7 +83,11 @@ def test_no_writable_file_scope_variables(path):
     allowed = {"csrc/base/mem.c": 2}  # the fault hook and the leak counter
     if layer(path) == "python":
         allowed[rel(path)] = 99  # method and slot tables, which CPython's API takes as non-const
-    found = re.findall(r"^static (?!const\b|inline\b)(?:_Atomic |_Thread_local )?[\w ]+\**\w+(?:\[[^\]]*\])*\s*(?:=|;)", without_comments(path.read_text()), re.M)
+    found = re.findall(
+        r"^static (?!const\b|inline\b)(?:_Atomic |_Thread_local )?[\w ]+\**\w+(?:\[[^\]]*\])*\s*(?:=|;)",
+        without_comments(path.read_text()),
+        re.M,
+    )
     assert len(found) <= allowed.get(rel(path), 0), found
 
 
@@ -153,7 +157,9 @@ def test_python_imports_point_down(path):
 
 def test_one_version():
     version = (ROOT / "llmcoopt/_version.py").read_text().split('"')[1]
-    tracked = subprocess.run(["git", "grep", "-lF", f'"{version}"', "--", "*.py", "*.toml", "*.c", "*.h"], cwd=ROOT, capture_output=True, text=True)
+    tracked = subprocess.run(
+        ["git", "grep", "-lF", f'"{version}"', "--", "*.py", "*.toml", "*.c", "*.h"], cwd=ROOT, capture_output=True, text=True
+    )
     assert tracked.stdout.split() in ([], ["llmcoopt/_version.py"])
 
 

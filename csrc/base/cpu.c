@@ -20,10 +20,7 @@ static uint64_t saved_state(void)
     return ((uint64_t)high << 32) | low;
 }
 
-static bool bit(uint32_t word, int n)
-{
-    return (word >> n) & 1;
-}
+static bool bit(uint32_t word, int n) { return (word >> n) & 1; }
 
 lco_cpu lco_cpu_detect(void)
 {
@@ -51,8 +48,5 @@ lco_cpu lco_cpu_detect(void)
     return cpu;
 }
 #else
-lco_cpu lco_cpu_detect(void)
-{
-    return (lco_cpu){0};
-}
+lco_cpu lco_cpu_detect(void) { return (lco_cpu){0}; }
 #endif

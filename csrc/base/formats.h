@@ -18,10 +18,7 @@ typedef enum {
     LCO_BF16 = 2,
 } lco_dtype;
 
-static inline size_t lco_dtype_bytes(lco_dtype dtype)
-{
-    return dtype == LCO_F32 ? 4 : 2;
-}
+static inline size_t lco_dtype_bytes(lco_dtype dtype) { return dtype == LCO_F32 ? 4 : 2; }
 
 /* Shape and place of a cache, as attention and append see it. */
 typedef struct {

@@ -8,15 +8,9 @@
 static _Atomic int64_t fail_countdown;
 static _Atomic int64_t live_blocks;
 
-int64_t lco_mem_fail_at(int64_t n)
-{
-    return atomic_exchange(&fail_countdown, n);
-}
+int64_t lco_mem_fail_at(int64_t n) { return atomic_exchange(&fail_countdown, n); }
 
-int64_t lco_mem_live(void)
-{
-    return atomic_load(&live_blocks);
-}
+int64_t lco_mem_live(void) { return atomic_load(&live_blocks); }
 
 static bool fault_fires(void)
 {
@@ -25,15 +19,9 @@ static bool fault_fires(void)
     return atomic_fetch_sub(&fail_countdown, 1) == 1;
 }
 
-bool lco_mul(size_t a, size_t b, size_t *out)
-{
-    return !__builtin_mul_overflow(a, b, out);
-}
+bool lco_mul(size_t a, size_t b, size_t *out) { return !__builtin_mul_overflow(a, b, out); }
 
-bool lco_add(size_t a, size_t b, size_t *out)
-{
-    return !__builtin_add_overflow(a, b, out);
-}
+bool lco_add(size_t a, size_t b, size_t *out) { return !__builtin_add_overflow(a, b, out); }
 
 void *lco_alloc(size_t bytes)
 {
@@ -74,10 +62,7 @@ struct lco_arena {
     size_t n_chunks, current, used; /* used: bytes of chunk `current` */
 };
 
-lco_arena *lco_arena_create(void)
-{
-    return lco_calloc(1, sizeof(lco_arena));
-}
+lco_arena *lco_arena_create(void) { return lco_calloc(1, sizeof(lco_arena)); }
 
 void lco_arena_destroy(lco_arena *arena)
 {
@@ -120,10 +105,7 @@ void *lco_arena_take(lco_arena *arena, size_t bytes)
     return block;
 }
 
-lco_mark lco_arena_mark(const lco_arena *arena)
-{
-    return (lco_mark){arena->current, arena->used};
-}
+lco_mark lco_arena_mark(const lco_arena *arena) { return (lco_mark){arena->current, arena->used}; }
 
 void lco_arena_reset(lco_arena *arena, lco_mark mark)
 {

@@ -111,10 +111,7 @@ void lco_pool_for(lco_pool *pool, int64_t n, int64_t grain, lco_task fn, void *c
     }
 }
 
-int lco_pool_size(const lco_pool *pool)
-{
-    return pool->n_threads;
-}
+int lco_pool_size(const lco_pool *pool) { return pool->n_threads; }
 
 int lco_cpu_count(void)
 {

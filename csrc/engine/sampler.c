@@ -13,7 +13,7 @@
 #define LANES 8 /* independent sums, for the compiler to use vectors */
 /* Scores are float32: a cumulated mass this close to top_p has reached it. */
 #define MASS_SLACK 1e-6
-#define EXP_LOWEST (-87.0f) /* e^x below is taken as 0 */
+#define EXP_LOWEST (-87.0f) /* e^-87 is the last before the numbers with fewer bits */
 
 lco_status lco_sampling_check(const lco_sampling *s, lco_error *err)
 {
@@ -30,11 +30,30 @@ lco_status lco_sampling_check(const lco_sampling *s, lco_error *err)
     return LCO_OK;
 }
 
-/* e^x for x <= 0 within 2 units in the last place; -infinity gives 0. e^x = 2^n e^r with |r| <= ln 2 / 2, e^r by its series to r^7. */
+/* Floats as integers of the same order: -NaN < -infinity < ... < infinity < NaN. Compilers make vectors of minima and maxima of integers, but
+ * not of floats, whose NaN they must respect. */
+static inline int32_t order_of(float x)
+{
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+static inline float from_order(int32_t order)
+{
+    order ^= (order >> 31) & INT32_MAX;
+    float x;
+    memcpy(&x, &order, sizeof x);
+    return x;
+}
+
+/* e^x for x <= 0 within 2 units in the last place; below EXP_LOWEST as there, which no sum notices.
+ * e^x = 2^n e^r with |r| <= ln 2 / 2, e^r by its series to r^7. */
 static inline float exp_nonpositive(float x)
 {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer that stands in the low bits */
-    float y = x > EXP_LOWEST ? x : EXP_LOWEST;
+    const int32_t order = order_of(x), lowest = order_of(EXP_LOWEST);
+    float y = from_order(order > lowest ? order : lowest);
     float t = y * 1.44269504f + shift;
     float n = t - shift;
     float r = (y - n * 0.693145752f) - n * 1.42860677e-6f; /* ln 2 in two parts, the first exact in products with n */
@@ -48,22 +67,10 @@ static inline float exp_nonpositive(float x)
     p = p * r + 1.0f;
     uint32_t bits;
     memcpy(&bits, &t, sizeof bits);
-    bits = (bits + 127u) << 23;              /* the shift's own bits leave at the top */
-    bits &= x > EXP_LOWEST ? UINT32_MAX : 0; /* a scale of 0; no branch, so that loops become vectors */
+    bits = (bits + 127u) << 23; /* the shift's own bits leave at the top */
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     return p * scale;
-}
-
-/* Floats in the order of integers: -NaN < -infinity < ... < infinity < NaN. The map is its own inverse. Compilers make vectors of a maximum of
- * integers, but not of floats, whose NaN they must respect. */
-static inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & INT32_MAX); }
-
-static inline int32_t order_of(float x)
-{
-    int32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return ordered(bits);
 }
 
 /* The largest of x; NaN when one of them is. */
@@ -77,10 +84,7 @@ static float peak_of(const float *x, int64_t n)
     }
     if (most > order_of(INFINITY) || least < order_of(-INFINITY))
         return NAN;
-    float peak;
-    most = ordered(most);
-    memcpy(&peak, &most, sizeof peak);
-    return peak;
+    return from_order(most);
 }
 
 /* Sum of e^(x - peak): exponentials by the block, so that both loops become vectors, then summed in double. */
@@ -208,7 +212,7 @@ static int32_t draw(const lco_sample_args *args, const float *scores, float peak
     int64_t n = 0;
     for (int32_t i = 0; i < vocab; i++) {
         ids[n] = i;
-        n += (weight[i] > 0.0f) & (weight[i] >= least) & (last < 0 || !before(score, last, i));
+        n += (score[i] > EXP_LOWEST) & (weight[i] >= least) & (last < 0 || !before(score, last, i));
     }
     double target = lco_rng_uniform(args->sampling.seed, (uint64_t)args->position) * weight_of(weight, ids, 0, n);
     double sum = 0.0;

@@ -51,7 +51,7 @@ lco_kv *lco_seq_cache(const lco_seq *seq);
 /* Makes room for n more tokens, all or nothing: new pages at the end, and a copy of the last page when it is shared.
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
-void lco_seq_commit(lco_seq *seq, int64_t n); /* n reserved tokens were written: the length grows */
+void lco_seq_commit(lco_seq *seq, int64_t n);                              /* n reserved tokens were written: the length grows */
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err); /* keeps [0, length), returns pages past it */
 
 #endif

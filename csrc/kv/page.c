@@ -19,8 +19,8 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
     if (o->max_tokens < 1)
         return lco_fail(err, LCO_EINVAL, "max_tokens = %lld, expected at least 1", (long long)o->max_tokens);
     if (o->n_layers < 1 || o->n_kv_heads < 1 || o->head_dim < 1)
-        return lco_fail(err, LCO_EINVAL, "a cache of %d layers, %d kv heads, head_dim %d: all must be at least 1", o->n_layers, o->n_kv_heads,
-                        o->head_dim);
+        return lco_fail(err, LCO_EINVAL, "a cache of %d layers, %d kv heads, head_dim %d: all must be at least 1", o->n_layers,
+                        o->n_kv_heads, o->head_dim);
     return LCO_OK;
 }
 
@@ -30,8 +30,8 @@ static lco_status page_bytes(const lco_kv_options *o, size_t *out, lco_error *er
     size_t bytes = 2 * lco_dtype_bytes(o->dtype);
     if (!lco_mul(bytes, (size_t)o->n_layers, &bytes) || !lco_mul(bytes, (size_t)o->n_kv_heads, &bytes) ||
         !lco_mul(bytes, (size_t)o->head_dim, &bytes) || !lco_mul(bytes, (size_t)o->page_size, &bytes) || !lco_add(bytes, 63, &bytes))
-        return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", o->page_size, o->n_layers,
-                        o->n_kv_heads, o->head_dim);
+        return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", o->page_size,
+                        o->n_layers, o->n_kv_heads, o->head_dim);
     *out = bytes & ~(size_t)63;
     return LCO_OK;
 }
@@ -66,8 +66,8 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
     kv->base = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (kv->base == MAP_FAILED) {
         kv->base = NULL;
-        status = lco_fail(err, LCO_ENOMEM, "address space of %zu bytes for max_tokens = %lld (%zu bytes a token) could not be reserved: %s", total,
-                          (long long)options->max_tokens, bytes / (size_t)options->page_size, strerror(errno));
+        status = lco_fail(err, LCO_ENOMEM, "address space of %zu bytes for max_tokens = %lld (%zu bytes a token) could not be reserved: %s",
+                          total, (long long)options->max_tokens, bytes / (size_t)options->page_size, strerror(errno));
         goto fail;
     }
     for (int64_t i = 0; i < n_pages; i++)
@@ -94,10 +94,7 @@ void lco_kv_destroy(lco_kv *kv)
     lco_free(kv);
 }
 
-const lco_kv_options *lco_kv_get_options(const lco_kv *kv)
-{
-    return &kv->options;
-}
+const lco_kv_options *lco_kv_get_options(const lco_kv *kv) { return &kv->options; }
 
 lco_kv_view lco_kv_get_view(const lco_kv *kv)
 {
@@ -121,10 +118,7 @@ lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
     return LCO_OK;
 }
 
-void lco_page_share(lco_kv *kv, int32_t page)
-{
-    kv->refs[page]++;
-}
+void lco_page_share(lco_kv *kv, int32_t page) { kv->refs[page]++; }
 
 /* Gives the memory of a free page back to the system: whole system pages inside it. */
 static void unmap_page(lco_kv *kv, int32_t page)
@@ -206,10 +200,12 @@ lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
     lco_status status = LCO_OK;
     for (const lco_seq *seq = kv->sequences; seq != NULL && status == LCO_OK; seq = seq->next) {
         if (seq->length > seq->n_pages * kv->options.page_size || seq->n_pages > seq->capacity)
-            status = lco_fail(err, LCO_EFORMAT, "a sequence of %lld tokens holds %lld pages", (long long)seq->length, (long long)seq->n_pages);
+            status =
+                lco_fail(err, LCO_EFORMAT, "a sequence of %lld tokens holds %lld pages", (long long)seq->length, (long long)seq->n_pages);
         for (int64_t i = 0; i < seq->n_pages && status == LCO_OK; i++) {
             if (seq->table[i] < 0 || seq->table[i] >= kv->n_pages)
-                status = lco_fail(err, LCO_EFORMAT, "table entry %lld names page %d of %lld", (long long)i, seq->table[i], (long long)kv->n_pages);
+                status = lco_fail(err, LCO_EFORMAT, "table entry %lld names page %d of %lld", (long long)i, seq->table[i],
+                                  (long long)kv->n_pages);
             else
                 counts[seq->table[i]]++;
         }

@@ -84,20 +84,11 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
     return LCO_OK;
 }
 
-int64_t lco_seq_length(const lco_seq *seq)
-{
-    return seq->length;
-}
+int64_t lco_seq_length(const lco_seq *seq) { return seq->length; }
 
-const int32_t *lco_seq_table(const lco_seq *seq)
-{
-    return seq->table;
-}
+const int32_t *lco_seq_table(const lco_seq *seq) { return seq->table; }
 
-lco_kv *lco_seq_cache(const lco_seq *seq)
-{
-    return seq->kv;
-}
+lco_kv *lco_seq_cache(const lco_seq *seq) { return seq->kv; }
 
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
 {
@@ -110,11 +101,11 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
     bool copy = n > 0 && open < seq->n_pages && kv->refs[seq->table[open]] > 1;
     int64_t needed = (want > seq->n_pages ? want - seq->n_pages : 0) + copy;
     if (needed > kv->n_free)
-        return lco_fail(err, LCO_EPAGES,
-                        "the cache is full: %lld more tokens need %lld pages of %d tokens, %lld of %lld are free; raise max_tokens (now %lld) "
-                        "or free sequences",
-                        (long long)n, (long long)needed, page_size, (long long)kv->n_free, (long long)kv->n_pages,
-                        (long long)kv->options.max_tokens);
+        return lco_fail(
+            err, LCO_EPAGES,
+            "the cache is full: %lld more tokens need %lld pages of %d tokens, %lld of %lld are free; raise max_tokens (now %lld) "
+            "or free sequences",
+            (long long)n, (long long)needed, page_size, (long long)kv->n_free, (long long)kv->n_pages, (long long)kv->options.max_tokens);
     lco_status status = grow_table(seq, want, err);
     if (status != LCO_OK)
         return status;

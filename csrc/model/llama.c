@@ -6,13 +6,13 @@
 
 /* Buffers of one step, float32, rows in batch order. */
 typedef struct {
-    float *x;             /* [m, hidden] the residual stream */
-    float *normed;        /* [m, hidden] */
-    float *q;             /* [m, n_heads * head_dim] */
-    float *k, *v;         /* [m, n_kv_heads * head_dim] */
-    float *attended;      /* [m, n_heads * head_dim] */
-    float *gate, *up;     /* [m, intermediate] */
-    float *cos, *sin;     /* [m, head_dim / 2] */
+    float *x;         /* [m, hidden] the residual stream */
+    float *normed;    /* [m, hidden] */
+    float *q;         /* [m, n_heads * head_dim] */
+    float *k, *v;     /* [m, n_kv_heads * head_dim] */
+    float *attended;  /* [m, n_heads * head_dim] */
+    float *gate, *up; /* [m, intermediate] */
+    float *cos, *sin; /* [m, head_dim / 2] */
 } buffers;
 
 static lco_status take_buffers(const lco_model_config *c, lco_arena *scratch, int64_t m, buffers *b, lco_error *err)
@@ -22,9 +22,15 @@ static lco_status take_buffers(const lco_model_config *c, lco_arena *scratch, in
         float **at;
         size_t width;
     } parts[] = {
-        {&b->x, (size_t)c->hidden_size},          {&b->normed, (size_t)c->hidden_size},     {&b->q, q},
-        {&b->k, kv},                              {&b->v, kv},                              {&b->attended, q},
-        {&b->gate, (size_t)c->intermediate_size}, {&b->up, (size_t)c->intermediate_size},   {&b->cos, (size_t)c->head_dim / 2},
+        {&b->x, (size_t)c->hidden_size},
+        {&b->normed, (size_t)c->hidden_size},
+        {&b->q, q},
+        {&b->k, kv},
+        {&b->v, kv},
+        {&b->attended, q},
+        {&b->gate, (size_t)c->intermediate_size},
+        {&b->up, (size_t)c->intermediate_size},
+        {&b->cos, (size_t)c->head_dim / 2},
         {&b->sin, (size_t)c->head_dim / 2},
     };
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
@@ -36,12 +42,84 @@ static lco_status take_buffers(const lco_model_config *c, lco_arena *scratch, in
     return LCO_OK;
 }
 
+/* One step on its way: what is computed, and the first failure. After a failure the functions below do nothing. */
+typedef struct {
+    const lco_model *model;
+    const lco_batch *batch;
+    const lco_kv_view *kv;
+    buffers b;
+    int64_t m, m_prompt; /* rows now, and how many of them are prompt rows (they come first) */
+    lco_status status;
+} step;
+
+/* out = rmsnorm(x) * weight, `rows` rows of `width`. */
+static void norm(step *s, float *out, const float *x, const float *weight, int64_t rows, int64_t width)
+{
+    lco_rmsnorm_args args = {.out = out, .x = x, .weight = weight, .m = rows, .k = width, .ld_out = width, .ld_x = width};
+    args.eps = (float)s->model->config.rms_norm_eps;
+    args.exec = &s->model->exec;
+    if (s->status == LCO_OK)
+        s->status = s->model->ops->rmsnorm(&args);
+}
+
 static lco_linear_part part(float *out, const lco_weight *w)
 {
     return (lco_linear_part){.out = out, .ld_out = w->n, .w = w->data, .dtype = w->dtype, .bias = w->bias, .n = w->n};
 }
 
-/* Keeps rows[0..n) of two buffers, moved to the front. rows ascend, so a move never overwrites a row still to come. */
+/* Every part's out = x @ w^T + bias, or out += ... when `add`. */
+static void linear(step *s, const float *x, int64_t k, bool add, int n_parts, lco_linear_part first, lco_linear_part second,
+                   lco_linear_part third)
+{
+    lco_linear_args args = {.part = {first, second, third}, .n_parts = n_parts, .accumulate = add, .x = x, .k = k, .ld_x = k};
+    args.m = s->m;
+    args.m_prompt = s->m_prompt;
+    args.exec = &s->model->exec;
+    if (s->status == LCO_OK && s->m > 0)
+        s->status = s->model->ops->linear(&args);
+}
+
+/* Rotates q and k by position and appends k and v to the cache. */
+static void rope_append(step *s, int64_t layer)
+{
+    const lco_model_config *c = &s->model->config;
+    lco_rope_append_args args = {.q = s->b.q, .k = s->b.k, .v = s->b.v, .cos = s->b.cos, .sin = s->b.sin, .kv = s->kv};
+    args.items = s->batch->items;
+    args.n_items = s->batch->n_items;
+    args.layer = layer;
+    args.n_heads = c->n_heads;
+    args.ld_q = (int64_t)c->n_heads * c->head_dim;
+    args.ld_kv = (int64_t)c->n_kv_heads * c->head_dim;
+    args.exec = &s->model->exec;
+    if (s->status == LCO_OK)
+        s->status = s->model->ops->rope_append(&args);
+}
+
+/* attended = softmax(q . keys) . values over each row's sequence. */
+static void attention(step *s, int64_t layer)
+{
+    const lco_model_config *c = &s->model->config;
+    lco_attention_args args = {.out = s->b.attended, .q = s->b.q, .kv = s->kv, .layer = layer, .n_heads = c->n_heads};
+    args.items = s->batch->items;
+    args.n_items = s->batch->n_items;
+    args.ld_out = args.ld_q = (int64_t)c->n_heads * c->head_dim;
+    args.window = c->window[layer];
+    args.scale = (float)(1.0 / sqrt((double)c->head_dim));
+    args.exec = &s->model->exec;
+    if (s->status == LCO_OK)
+        s->status = s->model->ops->attention(&args);
+}
+
+/* gate = silu(gate) * up */
+static void swiglu(step *s)
+{
+    lco_swiglu_args args = {.out = s->b.gate, .gate = s->b.gate, .up = s->b.up, .m = s->m, .n = s->model->config.intermediate_size};
+    args.exec = &s->model->exec;
+    if (s->status == LCO_OK)
+        s->status = s->model->ops->swiglu(&args);
+}
+
+/* Keeps the asked rows of a buffer, moved to the front. Rows ascend, so a move never overwrites a row still to come. */
 static void keep_rows(float *buffer, int64_t width, const int64_t *rows, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
@@ -49,106 +127,72 @@ static void keep_rows(float *buffer, int64_t width, const int64_t *rows, int64_t
             memcpy(buffer + i * width, buffer + rows[i] * width, (size_t)width * sizeof(float));
 }
 
-/* x += o_proj(attended), then x += down(silu(gate(norm(x))) * up(norm(x))). */
-static lco_status after_attention(const lco_model *model, const lco_layer *layer, const buffers *b, int64_t m, int64_t m_prompt)
+/* Nothing after the last attention needs the rows whose logits nobody asked for. */
+static void drop_rows(step *s)
 {
-    const lco_model_config *c = &model->config;
-    const lco_ops *ops = model->ops;
-    const lco_exec *exec = &model->exec;
-    const float eps = (float)c->rms_norm_eps;
-    lco_status status = ops->linear(&(lco_linear_args){.part = {part(b->x, &layer->o)}, .n_parts = 1, .accumulate = true, .x = b->attended,
-                                                       .m = m, .m_prompt = m_prompt, .k = layer->o.k, .ld_x = layer->o.k, .exec = exec});
-    if (status == LCO_OK)
-        status = ops->rmsnorm(&(lco_rmsnorm_args){.out = b->normed, .x = b->x, .weight = layer->ffn_norm, .m = m, .k = c->hidden_size,
-                                                  .ld_out = c->hidden_size, .ld_x = c->hidden_size, .eps = eps, .exec = exec});
-    if (status == LCO_OK)
-        status = ops->linear(&(lco_linear_args){.part = {part(b->gate, &layer->gate), part(b->up, &layer->up)}, .n_parts = 2, .x = b->normed,
-                                                .m = m, .m_prompt = m_prompt, .k = c->hidden_size, .ld_x = c->hidden_size, .exec = exec});
-    if (status == LCO_OK)
-        status = ops->swiglu(&(lco_swiglu_args){.out = b->gate, .gate = b->gate, .up = b->up, .m = m, .n = c->intermediate_size, .exec = exec});
-    if (status == LCO_OK)
-        status = ops->linear(&(lco_linear_args){.part = {part(b->x, &layer->down)}, .n_parts = 1, .accumulate = true, .x = b->gate, .m = m,
-                                                .m_prompt = m_prompt, .k = c->intermediate_size, .ld_x = c->intermediate_size, .exec = exec});
-    return status;
+    const lco_batch *batch = s->batch;
+    const lco_model_config *c = &s->model->config;
+    if (batch->logit_rows == NULL)
+        return;
+    keep_rows(s->b.x, c->hidden_size, batch->logit_rows, batch->n_logits);
+    keep_rows(s->b.attended, (int64_t)c->n_heads * c->head_dim, batch->logit_rows, batch->n_logits);
+    int64_t prompts = 0;
+    while (prompts < batch->n_logits && batch->logit_rows[prompts] < s->m_prompt)
+        prompts++;
+    s->m = batch->n_logits;
+    s->m_prompt = prompts;
 }
 
-/* attended = attention(rope(norm?(q(norm(x)))), cache with this step's k and v appended). */
-static lco_status attend(const lco_model *model, const lco_layer *layer, int64_t index, const lco_kv_view *kv, const lco_batch *batch,
-                         const buffers *b, int64_t m_prompt)
+static void layer_forward(step *s, int64_t index)
 {
-    const lco_model_config *c = &model->config;
-    const lco_ops *ops = model->ops;
-    const lco_exec *exec = &model->exec;
-    const int64_t m = batch->n_rows, d = c->head_dim, q = c->n_heads * d, kv_width = c->n_kv_heads * d;
-    const float eps = (float)c->rms_norm_eps;
-    lco_status status = ops->rmsnorm(&(lco_rmsnorm_args){.out = b->normed, .x = b->x, .weight = layer->attention_norm, .m = m, .k = c->hidden_size,
-                                                         .ld_out = c->hidden_size, .ld_x = c->hidden_size, .eps = eps, .exec = exec});
-    if (status == LCO_OK)
-        status = ops->linear(&(lco_linear_args){.part = {part(b->q, &layer->q), part(b->k, &layer->k), part(b->v, &layer->v)}, .n_parts = 3,
-                                                .x = b->normed, .m = m, .m_prompt = m_prompt, .k = c->hidden_size, .ld_x = c->hidden_size,
-                                                .exec = exec});
-    if (status == LCO_OK && c->qk_norm)
-        status = ops->rmsnorm(&(lco_rmsnorm_args){.out = b->q, .x = b->q, .weight = layer->q_norm, .m = m * c->n_heads, .k = d, .ld_out = d,
-                                                  .ld_x = d, .eps = eps, .exec = exec});
-    if (status == LCO_OK && c->qk_norm)
-        status = ops->rmsnorm(&(lco_rmsnorm_args){.out = b->k, .x = b->k, .weight = layer->k_norm, .m = m * c->n_kv_heads, .k = d, .ld_out = d,
-                                                  .ld_x = d, .eps = eps, .exec = exec});
-    if (status == LCO_OK)
-        status = ops->rope_append(&(lco_rope_append_args){.q = b->q, .k = b->k, .v = b->v, .cos = b->cos, .sin = b->sin, .kv = kv,
-                                                          .items = batch->items, .n_items = batch->n_items, .layer = index, .n_heads = c->n_heads,
-                                                          .ld_q = q, .ld_kv = kv_width, .exec = exec});
-    if (status == LCO_OK)
-        status = ops->attention(&(lco_attention_args){.out = b->attended, .q = b->q, .kv = kv, .items = batch->items, .n_items = batch->n_items,
-                                                      .layer = index, .n_heads = c->n_heads, .ld_out = q, .ld_q = q, .window = c->window[index],
-                                                      .scale = (float)(1.0 / sqrt((double)d)), .exec = exec});
-    return status;
-}
+    const lco_model_config *c = &s->model->config;
+    const lco_layer *layer = &s->model->layers[index];
+    const lco_linear_part none = {0};
+    buffers *b = &s->b;
 
-static int64_t count_below(const int64_t *rows, int64_t n, int64_t limit)
-{
-    int64_t count = 0;
-    while (count < n && rows[count] < limit)
-        count++;
-    return count;
+    norm(s, b->normed, b->x, layer->attention_norm, s->m, c->hidden_size);
+    linear(s, b->normed, c->hidden_size, false, 3, part(b->q, &layer->q), part(b->k, &layer->k), part(b->v, &layer->v));
+    if (c->qk_norm) {
+        norm(s, b->q, b->q, layer->q_norm, s->m * c->n_heads, c->head_dim);
+        norm(s, b->k, b->k, layer->k_norm, s->m * c->n_kv_heads, c->head_dim);
+    }
+    rope_append(s, index);
+    attention(s, index);
+    if (index == c->n_layers - 1)
+        drop_rows(s);
+    linear(s, b->attended, layer->o.k, true, 1, part(b->x, &layer->o), none, none);
+
+    norm(s, b->normed, b->x, layer->ffn_norm, s->m, c->hidden_size);
+    linear(s, b->normed, c->hidden_size, false, 2, part(b->gate, &layer->gate), part(b->up, &layer->up), none);
+    swiglu(s);
+    linear(s, b->gate, c->intermediate_size, true, 1, part(b->x, &layer->down), none, none);
 }
 
 static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, float *logits, lco_error *err)
 {
     const lco_model_config *c = &model->config;
-    const lco_ops *ops = model->ops;
     const lco_kv_view view = lco_kv_get_view(kv);
-    const int64_t hidden = c->hidden_size;
-    int64_t m = batch->n_rows, m_prompt = 0;
+    const lco_linear_part none = {0};
+    step s = {.model = model, .batch = batch, .kv = &view, .m = batch->n_rows};
     for (int64_t i = 0; i < batch->n_items; i++)
-        m_prompt += batch->items[i].prompt ? batch->items[i].len : 0;
-
-    buffers b;
-    lco_status status = take_buffers(c, model->scratch, m, &b, err);
+        s.m_prompt += batch->items[i].prompt ? batch->items[i].len : 0;
+    lco_status status = take_buffers(c, model->scratch, s.m, &s.b, err);
     if (status != LCO_OK)
         return status;
-    lco_rope_tables(&c->rope, c->head_dim, batch->items, batch->n_items, b.cos, b.sin);
-    status = ops->embed(&(lco_embed_args){.out = b.x, .ids = batch->ids, .table = model->embedding.data, .dtype = model->embedding.dtype, .m = m,
-                                          .k = hidden, .exec = &model->exec});
-    for (int64_t i = 0; i < c->n_layers && status == LCO_OK; i++) {
-        const lco_layer *layer = &model->layers[i];
-        status = attend(model, layer, i, &view, batch, &b, m_prompt);
-        if (i == c->n_layers - 1 && batch->logit_rows != NULL) { /* nothing below needs the rows whose logits nobody asked for */
-            keep_rows(b.x, hidden, batch->logit_rows, batch->n_logits);
-            keep_rows(b.attended, layer->o.k, batch->logit_rows, batch->n_logits);
-            m = batch->n_logits;
-            m_prompt = count_below(batch->logit_rows, m, m_prompt);
-        }
-        if (status == LCO_OK && m > 0)
-            status = after_attention(model, layer, &b, m, m_prompt);
-    }
-    if (status == LCO_OK && m > 0)
-        status = ops->rmsnorm(&(lco_rmsnorm_args){.out = b.normed, .x = b.x, .weight = model->final_norm, .m = m, .k = hidden, .ld_out = hidden,
-                                                  .ld_x = hidden, .eps = (float)c->rms_norm_eps, .exec = &model->exec});
-    if (status == LCO_OK && m > 0)
-        status = ops->linear(&(lco_linear_args){.part = {part(logits, &model->head)}, .n_parts = 1, .x = b.normed, .m = m, .m_prompt = m_prompt,
-                                                .k = hidden, .ld_x = hidden, .exec = &model->exec});
-    if (status != LCO_OK)
-        return lco_fail(err, status, "out of memory for the scratch of a step of %lld tokens; use a smaller chunk", (long long)batch->n_rows);
+
+    lco_rope_tables(&c->rope, c->head_dim, batch->items, batch->n_items, s.b.cos, s.b.sin);
+    lco_embed_args embed = {.out = s.b.x, .ids = batch->ids, .table = model->embedding.data, .dtype = model->embedding.dtype};
+    embed.m = s.m;
+    embed.k = c->hidden_size;
+    embed.exec = &model->exec;
+    s.status = model->ops->embed(&embed);
+    for (int64_t i = 0; i < c->n_layers; i++)
+        layer_forward(&s, i);
+    norm(&s, s.b.normed, s.b.x, model->final_norm, s.m, c->hidden_size);
+    linear(&s, s.b.normed, c->hidden_size, false, 1, part(logits, &model->head), none, none);
+    if (s.status != LCO_OK)
+        return lco_fail(err, s.status, "out of memory for the scratch of a step of %lld tokens; use a smaller chunk",
+                        (long long)batch->n_rows);
     return LCO_OK;
 }
 

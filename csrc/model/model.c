@@ -10,15 +10,21 @@ static lco_status check_config(const lco_model_config *c, lco_error *err)
         const char *name;
         int64_t value;
     } positive[] = {
-        {"vocab_size", c->vocab_size}, {"hidden_size", c->hidden_size},         {"intermediate_size", c->intermediate_size},
-        {"num_hidden_layers", c->n_layers}, {"num_attention_heads", c->n_heads}, {"num_key_value_heads", c->n_kv_heads},
-        {"head_dim", c->head_dim},     {"max_position_embeddings", c->max_positions},
+        {"vocab_size", c->vocab_size},
+        {"hidden_size", c->hidden_size},
+        {"intermediate_size", c->intermediate_size},
+        {"num_hidden_layers", c->n_layers},
+        {"num_attention_heads", c->n_heads},
+        {"num_key_value_heads", c->n_kv_heads},
+        {"head_dim", c->head_dim},
+        {"max_position_embeddings", c->max_positions},
     };
     for (size_t i = 0; i < sizeof positive / sizeof positive[0]; i++)
         if (positive[i].value < 1)
             return lco_fail(err, LCO_EINVAL, "%s = %lld, expected at least 1", positive[i].name, (long long)positive[i].value);
     if (c->n_heads % c->n_kv_heads != 0)
-        return lco_fail(err, LCO_EINVAL, "num_attention_heads = %d is not a multiple of num_key_value_heads = %d", c->n_heads, c->n_kv_heads);
+        return lco_fail(err, LCO_EINVAL, "num_attention_heads = %d is not a multiple of num_key_value_heads = %d", c->n_heads,
+                        c->n_kv_heads);
     if (c->head_dim % 2 != 0)
         return lco_fail(err, LCO_EINVAL, "head_dim = %d, expected an even number (rotary pairs)", c->head_dim);
     if (!(c->rms_norm_eps >= 0) || isinf(c->rms_norm_eps))
@@ -97,25 +103,13 @@ void lco_model_destroy(lco_model *model)
     lco_free(model);
 }
 
-const lco_model_config *lco_model_get_config(const lco_model *model)
-{
-    return &model->config;
-}
+const lco_model_config *lco_model_get_config(const lco_model *model) { return &model->config; }
 
-const lco_ops *lco_model_ops(const lco_model *model)
-{
-    return model->ops;
-}
+const lco_ops *lco_model_ops(const lco_model *model) { return model->ops; }
 
-int lco_model_threads(const lco_model *model)
-{
-    return lco_pool_size(model->pool);
-}
+int lco_model_threads(const lco_model *model) { return lco_pool_size(model->pool); }
 
-size_t lco_model_scratch_bytes(const lco_model *model)
-{
-    return lco_arena_bytes(model->scratch);
-}
+size_t lco_model_scratch_bytes(const lco_model *model) { return lco_arena_bytes(model->scratch); }
 
 lco_status lco_model_fits(const lco_model *model, const lco_kv *kv, lco_error *err)
 {
@@ -123,18 +117,19 @@ lco_status lco_model_fits(const lco_model *model, const lco_kv *kv, lco_error *e
     const lco_kv_options *o = lco_kv_get_options(kv);
     if (o->n_layers == c->n_layers && o->n_kv_heads == c->n_kv_heads && o->head_dim == c->head_dim)
         return LCO_OK;
-    return lco_fail(err, LCO_EINVAL, "the cache is for %d layers, %d kv heads, head_dim %d; the model has %d, %d, %d", o->n_layers, o->n_kv_heads,
-                    o->head_dim, c->n_layers, c->n_kv_heads, c->head_dim);
+    return lco_fail(err, LCO_EINVAL, "the cache is for %d layers, %d kv heads, head_dim %d; the model has %d, %d, %d", o->n_layers,
+                    o->n_kv_heads, o->head_dim, c->n_layers, c->n_kv_heads, c->head_dim);
 }
 
-static lco_status check_item(const lco_model *model, const lco_kv_options *kv, const lco_item *item, int64_t index, int64_t row, lco_error *err)
+static lco_status check_item(const lco_model *model, const lco_kv_options *kv, const lco_item *item, int64_t index, int64_t row,
+                             lco_error *err)
 {
     if (item->row != row || item->len < 1 || item->pos < 0 || (!item->prompt && item->len != 1))
         return lco_fail(err, LCO_EINVAL, "batch item %lld covers rows [%lld, +%lld) at position %lld; expected to begin at row %lld",
                         (long long)index, (long long)item->row, (long long)item->len, (long long)item->pos, (long long)row);
     if (item->pos + item->len > model->config.max_positions)
-        return lco_fail(err, LCO_EINVAL, "a sequence of %lld tokens is longer than the model's context of %lld", (long long)(item->pos + item->len),
-                        (long long)model->config.max_positions);
+        return lco_fail(err, LCO_EINVAL, "a sequence of %lld tokens is longer than the model's context of %lld",
+                        (long long)(item->pos + item->len), (long long)model->config.max_positions);
     const int64_t n_pages = kv->max_tokens / kv->page_size, held = (item->pos + item->len - 1) / kv->page_size + 1;
     for (int64_t p = 0; p < held; p++)
         if (item->table[p] < 0 || item->table[p] >= n_pages)

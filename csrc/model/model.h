@@ -14,21 +14,21 @@ typedef enum { LCO_ROPE_DEFAULT = 0, LCO_ROPE_LINEAR, LCO_ROPE_DYNAMIC, LCO_ROPE
 typedef struct {
     lco_rope_kind kind;
     double theta, factor;
-    double original_max;                  /* positions the model was trained with before scaling (all kinds but default and linear) */
+    double original_max;                      /* positions the model was trained with before scaling (all kinds but default and linear) */
     double low_freq_factor, high_freq_factor; /* llama3 */
-    double beta_fast, beta_slow;          /* yarn */
-    bool truncate;                        /* yarn: round the ramp's ends to whole dimensions */
-    double attention_factor;              /* multiplies cos and sin (yarn, longrope); already resolved to a number */
+    double beta_fast, beta_slow;              /* yarn */
+    bool truncate;                            /* yarn: round the ramp's ends to whole dimensions */
+    double attention_factor;                  /* multiplies cos and sin (yarn, longrope); already resolved to a number */
     const double *short_factor, *long_factor; /* longrope: head_dim / 2 each */
 } lco_rope_config;
 
 typedef struct {
     int32_t vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim;
     double rms_norm_eps;
-    bool qk_norm;            /* RMSNorm of every q and k head before rope (Qwen3) */
-    bool tied_head;          /* lm_head is the embedding */
-    int64_t max_positions;   /* longest sequence */
-    const int32_t *window;   /* [n_layers], 0: full attention; NULL: all full */
+    bool qk_norm;          /* RMSNorm of every q and k head before rope (Qwen3) */
+    bool tied_head;        /* lm_head is the embedding */
+    int64_t max_positions; /* longest sequence */
+    const int32_t *window; /* [n_layers], 0: full attention; NULL: all full */
     lco_rope_config rope;
 } lco_model_config;
 
@@ -60,7 +60,7 @@ size_t lco_model_scratch_bytes(const lco_model *model);
 
 /* A ragged batch: prompt items first, then decode items; rows in item order. Checked by lco_batch_check, trusted below. */
 typedef struct {
-    const int32_t *ids;  /* [n_rows] */
+    const int32_t *ids; /* [n_rows] */
     const lco_item *items;
     int64_t n_items, n_rows;
     const int64_t *logit_rows; /* rows whose logits are asked, ascending; NULL with n_logits == n_rows: all */

@@ -71,10 +71,7 @@ static float inverse_frequency(const lco_rope_config *rope, int32_t head_dim, in
     return (float)frequency;
 }
 
-static bool depends_on_length(lco_rope_kind kind)
-{
-    return kind == LCO_ROPE_DYNAMIC || kind == LCO_ROPE_LONGROPE;
-}
+static bool depends_on_length(lco_rope_kind kind) { return kind == LCO_ROPE_DYNAMIC || kind == LCO_ROPE_LONGROPE; }
 
 void lco_rope_tables(const lco_rope_config *rope, int32_t head_dim, const lco_item *items, int64_t n_items, float *cos_out, float *sin_out)
 {

@@ -106,8 +106,9 @@ static lco_status bind_layer(binder *b, int64_t i)
         int64_t n, k;
         lco_weight *out;
     } matrices[] = {
-        {"self_attn.q_proj", q, hidden, &layer->q},  {"self_attn.k_proj", kv, hidden, &layer->k}, {"self_attn.v_proj", kv, hidden, &layer->v},
-        {"self_attn.o_proj", hidden, q, &layer->o},  {"mlp.gate_proj", ffn, hidden, &layer->gate}, {"mlp.up_proj", ffn, hidden, &layer->up},
+        {"self_attn.q_proj", q, hidden, &layer->q},   {"self_attn.k_proj", kv, hidden, &layer->k},
+        {"self_attn.v_proj", kv, hidden, &layer->v},  {"self_attn.o_proj", hidden, q, &layer->o},
+        {"mlp.gate_proj", ffn, hidden, &layer->gate}, {"mlp.up_proj", ffn, hidden, &layer->up},
         {"mlp.down_proj", hidden, ffn, &layer->down},
     };
     lco_status status = LCO_OK;

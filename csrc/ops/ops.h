@@ -85,9 +85,9 @@ typedef struct {
  * writes k and v of every row to the cache (rounded to its element type: nearest even; float16 saturates at +-65504, NaN stays NaN).
  * cos/sin hold one row per batch row. */
 typedef struct {
-    float *q;              /* [m, n_heads, head_dim], row stride ld_q; rotated in place */
-    float *k;              /* [m, n_kv_heads, head_dim], row stride ld_kv; rotated in place */
-    const float *v;        /* [m, n_kv_heads, head_dim], row stride ld_kv */
+    float *q;               /* [m, n_heads, head_dim], row stride ld_q; rotated in place */
+    float *k;               /* [m, n_kv_heads, head_dim], row stride ld_kv; rotated in place */
+    const float *v;         /* [m, n_kv_heads, head_dim], row stride ld_kv */
     const float *cos, *sin; /* [m, head_dim / 2] */
     const lco_kv_view *kv;
     const lco_item *items;

@@ -18,8 +18,8 @@ static const lco_ops REF = {
 };
 
 #if defined(__x86_64__)
-#define AVX512_COMMON                                                                                                             \
-    .embed = lco_ref_embed, .rmsnorm = lco_avx512_rmsnorm, .swiglu = lco_avx512_swiglu, .rope_append = lco_avx512_rope_append, \
+#define AVX512_COMMON                                                                                                                      \
+    .embed = lco_ref_embed, .rmsnorm = lco_avx512_rmsnorm, .swiglu = lco_avx512_swiglu, .rope_append = lco_avx512_rope_append,             \
     .attention = lco_avx512_attention
 
 static const lco_ops AVX2 = {
@@ -91,6 +91,6 @@ lco_status lco_ops_select(const char *isa, const lco_ops **out, lco_error *err)
     for (size_t i = 0; i < sizeof KNOWN / sizeof KNOWN[0]; i++)
         if (strcmp(isa, KNOWN[i]) == 0)
             return lco_fail(err, LCO_EUNSUPPORTED, "%s = '%s', but this CPU has only: %s", source, isa, have);
-    return lco_fail(err, LCO_EINVAL, "%s = '%s' is not an instruction set; expected one of ref, avx2, avx512, amx (this CPU has: %s)", source,
-                    isa, have);
+    return lco_fail(err, LCO_EINVAL, "%s = '%s' is not an instruction set; expected one of ref, avx2, avx512, amx (this CPU has: %s)",
+                    source, isa, have);
 }

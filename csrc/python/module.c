@@ -7,14 +7,12 @@
 #include "py_ops.h"
 
 static const char *const ERROR_NAMES[N_STATUS] = {
-    [LCO_EINVAL] = "ArgumentError",      [LCO_ENOMEM] = "OutOfMemoryError", [LCO_EFORMAT] = "FormatError",          [LCO_EPAGES] = "OutOfPagesError",
-    [LCO_ENUMERIC] = "NumericError", [LCO_EFORK] = "ForkError",         [LCO_EUNSUPPORTED] = "UnsupportedError",
+    [LCO_EINVAL] = "ArgumentError",          [LCO_ENOMEM] = "OutOfMemoryError", [LCO_EFORMAT] = "FormatError",
+    [LCO_EPAGES] = "OutOfPagesError",        [LCO_ENUMERIC] = "NumericError",   [LCO_EFORK] = "ForkError",
+    [LCO_EUNSUPPORTED] = "UnsupportedError",
 };
 
-core_state *lco_py_state(PyObject *self)
-{
-    return PyType_GetModuleState(Py_TYPE(self));
-}
+core_state *lco_py_state(PyObject *self) { return PyType_GetModuleState(Py_TYPE(self)); }
 
 PyObject *lco_py_raise(PyObject *self, const lco_error *err)
 {
@@ -22,15 +20,9 @@ PyObject *lco_py_raise(PyObject *self, const lco_error *err)
     return NULL;
 }
 
-void lco_py_lock_nogil(model_object *model)
-{
-    PyThread_acquire_lock(model->lock, WAIT_LOCK);
-}
+void lco_py_lock_nogil(model_object *model) { PyThread_acquire_lock(model->lock, WAIT_LOCK); }
 
-void lco_py_unlock_nogil(model_object *model)
-{
-    PyThread_release_lock(model->lock);
-}
+void lco_py_unlock_nogil(model_object *model) { PyThread_release_lock(model->lock); }
 
 int lco_py_get_ids(PyObject *self, PyObject *object, const char *what, Py_buffer *out)
 {
@@ -38,8 +30,8 @@ int lco_py_get_ids(PyObject *self, PyObject *object, const char *what, Py_buffer
         return -1;
     if (out->itemsize == 4 && out->ndim == 1 && out->format != NULL && (strcmp(out->format, "i") == 0 || strcmp(out->format, "l") == 0))
         return 0;
-    PyErr_Format(lco_py_state(self)->errors[LCO_EINVAL], "%s: expected a one-dimensional int32 array, found %d dimensions of format '%s'", what,
-                 out->ndim, out->format != NULL ? out->format : "B");
+    PyErr_Format(lco_py_state(self)->errors[LCO_EINVAL], "%s: expected a one-dimensional int32 array, found %d dimensions of format '%s'",
+                 what, out->ndim, out->format != NULL ? out->format : "B");
     PyBuffer_Release(out);
     return -1;
 }
@@ -52,13 +44,11 @@ static PyObject *mem_fail_at(PyObject *Py_UNUSED(module), PyObject *arg)
     return PyLong_FromLongLong(lco_mem_fail_at(n));
 }
 
-static PyObject *mem_live(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(arg))
-{
-    return PyLong_FromLongLong(lco_mem_live());
-}
+static PyObject *mem_live(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(arg)) { return PyLong_FromLongLong(lco_mem_live()); }
 
 static PyMethodDef methods[] = {
-    {"mem_fail_at", mem_fail_at, METH_O, "mem_fail_at(n)\n--\n\nMake the n-th native allocation from now fail, once (0: off). For fault tests."},
+    {"mem_fail_at", mem_fail_at, METH_O,
+     "mem_fail_at(n)\n--\n\nMake the n-th native allocation from now fail, once (0: off). For fault tests."},
     {"mem_live", mem_live, METH_NOARGS, "mem_live()\n--\n\nNative blocks allocated and not freed, in this process. For leak tests."},
     {NULL, NULL, 0, NULL},
 };
@@ -87,7 +77,8 @@ static int exec_module(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
     if (find_errors(state) != 0 || add_type(module, &lco_py_model_spec, &state->model_type) != 0 ||
-        add_type(module, &lco_py_cache_spec, &state->cache_type) != 0 || add_type(module, &lco_py_sequence_spec, &state->sequence_type) != 0 ||
+        add_type(module, &lco_py_cache_spec, &state->cache_type) != 0 ||
+        add_type(module, &lco_py_sequence_spec, &state->sequence_type) != 0 ||
         add_type(module, &lco_py_engine_spec, &state->engine_type) != 0)
         return -1;
     return lco_py_add_ops(module) != 0 || lco_py_add_dequant(module) != 0 ? -1 : 0;
@@ -117,10 +108,7 @@ static int clear_module(PyObject *module)
     return 0;
 }
 
-static void free_module(void *module)
-{
-    clear_module(module);
-}
+static void free_module(void *module) { clear_module(module); }
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, exec_module},
@@ -139,7 +127,4 @@ static struct PyModuleDef definition = {
     .m_free = free_module,
 };
 
-PyMODINIT_FUNC PyInit__core(void)
-{
-    return PyModuleDef_Init(&definition);
-}
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

@@ -19,23 +19,20 @@ typedef struct {
 } core_state;
 
 typedef struct {
-    PyObject_HEAD
-    lco_model *model; /* NULL after close() */
+    PyObject_HEAD lco_model *model; /* NULL after close() */
     PyThread_type_lock lock;
     Py_buffer *buffers; /* the weights, exported as long as the model lives */
     Py_ssize_t n_buffers;
 } model_object;
 
 typedef struct {
-    PyObject_HEAD
-    model_object *model;
-    lco_kv *kv; /* NULL after close() */
+    PyObject_HEAD model_object *model;
+    lco_kv *kv;       /* NULL after close() */
     Py_ssize_t users; /* engines alive and calls running on this cache: close() is refused meanwhile */
 } cache_object;
 
 typedef struct {
-    PyObject_HEAD
-    cache_object *cache;
+    PyObject_HEAD cache_object *cache;
     lco_seq *seq; /* NULL after free() */
     int busy;     /* requests of engines that use it now */
 } sequence_object;
@@ -55,13 +52,13 @@ lco_seq *lco_py_sequence(sequence_object *self);
 void lco_py_lock_nogil(model_object *model); /* the GIL may be held or not; see above */
 void lco_py_unlock_nogil(model_object *model);
 
-#define LOCKED(model, statement)           \
-    do {                                   \
-        Py_BEGIN_ALLOW_THREADS;            \
-        lco_py_lock_nogil(model);          \
-        statement;                         \
-        lco_py_unlock_nogil(model);        \
-        Py_END_ALLOW_THREADS;              \
+#define LOCKED(model, statement)                                                                                                           \
+    do {                                                                                                                                   \
+        Py_BEGIN_ALLOW_THREADS;                                                                                                            \
+        lco_py_lock_nogil(model);                                                                                                          \
+        statement;                                                                                                                         \
+        lco_py_unlock_nogil(model);                                                                                                        \
+        Py_END_ALLOW_THREADS;                                                                                                              \
     } while (0)
 
 extern PyType_Spec lco_py_model_spec, lco_py_cache_spec, lco_py_sequence_spec, lco_py_engine_spec;

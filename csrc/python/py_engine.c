@@ -4,8 +4,7 @@
 #include "module.h"
 
 typedef struct {
-    PyObject_HEAD
-    cache_object *cache;
+    PyObject_HEAD cache_object *cache;
     lco_engine *engine; /* NULL after close() */
     lco_event *events;
     int64_t cap;
@@ -151,17 +150,18 @@ static PyObject *add_request(engine_object *self, const lco_request *request, se
 
 static PyObject *engine_add(engine_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"prompt", "max_new_tokens", "eos",   "ignore_eos",         "min_new_tokens", "do_sample", "temperature",
-                            "top_k",  "top_p",          "min_p", "repetition_penalty", "seed",           "sequence",  "history", NULL};
+    static char *names[] = {"prompt",      "max_new_tokens", "eos",   "ignore_eos", "min_new_tokens",     "do_sample",
+                            "temperature", "top_k",          "top_p", "min_p",      "repetition_penalty", "seed",
+                            "sequence",    "history",        NULL};
     PyObject *prompt_object, *eos_object, *sequence_object_, *history_object;
     lco_request request = {0};
     int ignore_eos, do_sample, top_k;
     unsigned long long seed;
     long long max_new, min_new;
     lco_sampling *s = &request.sampling;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OLOpLpfifffKOO", names, &prompt_object, &max_new, &eos_object, &ignore_eos, &min_new, &do_sample,
-                                     &s->temperature, &top_k, &s->top_p, &s->min_p, &s->repetition_penalty, &seed, &sequence_object_,
-                                     &history_object))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OLOpLpfifffKOO", names, &prompt_object, &max_new, &eos_object, &ignore_eos, &min_new,
+                                     &do_sample, &s->temperature, &top_k, &s->top_p, &s->min_p, &s->repetition_penalty, &seed,
+                                     &sequence_object_, &history_object))
         return NULL;
     sequence_object *sequence;
     Py_buffer prompt, eos, history;
@@ -210,8 +210,8 @@ static PyObject *event_tuple(engine_object *self, const lco_event *event)
     }
     if (event->finish != LCO_FINISH_NONE)
         mark_busy(self, id, -1);
-    return Py_BuildValue("(NifzN)", id, event->token, (double)event->logprob, event->finish == LCO_FINISH_NONE ? NULL : FINISH_NAMES[event->finish],
-                         error != NULL ? error : Py_NewRef(Py_None));
+    return Py_BuildValue("(NifzN)", id, event->token, (double)event->logprob,
+                         event->finish == LCO_FINISH_NONE ? NULL : FINISH_NAMES[event->finish], error != NULL ? error : Py_NewRef(Py_None));
 }
 
 static PyObject *engine_step(engine_object *self, PyObject *Py_UNUSED(arg))
@@ -251,9 +251,9 @@ static PyObject *engine_stats(engine_object *self, PyObject *Py_UNUSED(arg))
     if (open_engine(self) == NULL)
         return NULL;
     lco_engine_stats s = lco_engine_get_stats(self->engine);
-    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:d,s:d,s:d}", "steps", s.steps, "prompt_tokens", s.prompt_tokens, "decode_tokens", s.decode_tokens,
-                         "waiting", s.waiting, "running", s.running, "forward_seconds", s.forward_seconds, "sample_seconds", s.sample_seconds,
-                         "other_seconds", s.other_seconds);
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:d,s:d,s:d}", "steps", s.steps, "prompt_tokens", s.prompt_tokens, "decode_tokens",
+                         s.decode_tokens, "waiting", s.waiting, "running", s.running, "forward_seconds", s.forward_seconds,
+                         "sample_seconds", s.sample_seconds, "other_seconds", s.other_seconds);
 }
 
 static PyObject *engine_check(engine_object *self, PyObject *Py_UNUSED(arg))
@@ -276,7 +276,8 @@ static PyObject *engine_close(engine_object *self, PyObject *Py_UNUSED(arg))
 
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)(void (*)(void))engine_add, METH_VARARGS | METH_KEYWORDS,
-     "add(prompt, max_new_tokens, eos, ignore_eos, min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed, sequence, "
+     "add(prompt, max_new_tokens, eos, ignore_eos, min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed, "
+     "sequence, "
      "history)\n--\n\nQueue a request; returns its number. prompt, eos and history are int32 arrays."},
     {"step", (PyCFunction)(void (*)(void))engine_step, METH_NOARGS,
      "step()\n--\n\nRun one step; returns a list of (request, token, logprob, finish or None, exception or None)."},

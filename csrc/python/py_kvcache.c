@@ -82,7 +82,8 @@ static void cache_dealloc(cache_object *self)
 static PyObject *cache_close(cache_object *self, PyObject *Py_UNUSED(arg))
 {
     if (self->users > 0) {
-        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this cache is in use by a running generation: close that first");
+        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL],
+                        "this cache is in use by a running generation: close that first");
         return NULL;
     }
     lco_kv *kv = self->kv;
@@ -119,10 +120,10 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
         return NULL;
     lco_kv_stats s;
     LOCKED(self->model, s = lco_kv_get_stats(kv));
-    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L}", "pages_total", s.pages_total, "pages_free", s.pages_free, "pages_shared",
-                         s.pages_shared, "sequences", s.sequences, "tokens_held", s.tokens_held, "page_bytes", s.page_bytes, "reserved_bytes",
-                         s.reserved_bytes, "resident_bytes", s.resident_bytes, "bytes_per_token", s.bytes_per_token, "tokens_appended",
-                         s.tokens_appended, "pages_copied", s.pages_copied);
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L}", "pages_total", s.pages_total, "pages_free", s.pages_free,
+                         "pages_shared", s.pages_shared, "sequences", s.sequences, "tokens_held", s.tokens_held, "page_bytes", s.page_bytes,
+                         "reserved_bytes", s.reserved_bytes, "resident_bytes", s.resident_bytes, "bytes_per_token", s.bytes_per_token,
+                         "tokens_appended", s.tokens_appended, "pages_copied", s.pages_copied);
 }
 
 static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
@@ -141,7 +142,8 @@ static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
 static PyMethodDef cache_methods[] = {
     {"sequence", (PyCFunction)(void (*)(void))cache_sequence, METH_NOARGS, "sequence()\n--\n\nA new, empty sequence."},
     {"stats", (PyCFunction)(void (*)(void))cache_stats, METH_NOARGS, "stats()\n--\n\nExact counters as a dict."},
-    {"check", (PyCFunction)(void (*)(void))cache_check, METH_NOARGS, "check()\n--\n\nProve the cache's invariants; FormatError names the first that fails."},
+    {"check", (PyCFunction)(void (*)(void))cache_check, METH_NOARGS,
+     "check()\n--\n\nProve the cache's invariants; FormatError names the first that fails."},
     {"close", (PyCFunction)(void (*)(void))cache_close, METH_NOARGS, "close()\n--\n\nGive all memory back; sequences of this cache end."},
     {NULL, NULL, 0, NULL},
 };
@@ -184,7 +186,8 @@ static int refuse_busy(sequence_object *self)
 {
     if (self->busy == 0)
         return 0;
-    PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this sequence is in use by a running generation: close that first");
+    PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL],
+                    "this sequence is in use by a running generation: close that first");
     return -1;
 }
 
@@ -241,7 +244,8 @@ static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
 
 static PyMethodDef sequence_methods[] = {
     {"length", (PyCFunction)(void (*)(void))sequence_length, METH_NOARGS, "length()\n--\n\nTokens held."},
-    {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS, "fork()\n--\n\nA second sequence that shares all pages until one of them is written."},
+    {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS,
+     "fork()\n--\n\nA second sequence that shares all pages until one of them is written."},
     {"truncate", (PyCFunction)(void (*)(void))sequence_truncate, METH_O, "truncate(length)\n--\n\nKeep the first tokens only."},
     {"free", (PyCFunction)(void (*)(void))sequence_free, METH_NOARGS, "free()\n--\n\nReturn the pages."},
     {NULL, NULL, 0, NULL},

@@ -147,8 +147,8 @@ static int read_tensor(model_object *self, PyObject *item, lco_tensor *tensor)
     int index = index_of(dtype, DTYPE_NAMES, sizeof DTYPE_NAMES / sizeof DTYPE_NAMES[0]);
     Py_ssize_t rank = PyTuple_Size(shape);
     if (index < 0 || rank > 4) {
-        PyErr_Format(PyExc_ValueError, "tensor '%s': dtype '%s' and %zd dimensions; expected float32, float16 or bfloat16 and at most 4", tensor->name,
-                     dtype, rank);
+        PyErr_Format(PyExc_ValueError, "tensor '%s': dtype '%s' and %zd dimensions; expected float32, float16 or bfloat16 and at most 4",
+                     tensor->name, dtype, rank);
         return -1;
     }
     tensor->dtype = (lco_dtype)index;
@@ -170,7 +170,8 @@ static int read_tensor(model_object *self, PyObject *item, lco_tensor *tensor)
     tensor->data = view->buf;
     if ((size_t)view->len == bytes && (uintptr_t)view->buf % lco_dtype_bytes(tensor->dtype) == 0)
         return 0;
-    PyErr_Format(PyExc_ValueError, "tensor '%s': a buffer of %zd bytes at address %p; its shape and dtype need %zu bytes, aligned to an element",
+    PyErr_Format(PyExc_ValueError,
+                 "tensor '%s': a buffer of %zd bytes at address %p; its shape and dtype need %zu bytes, aligned to an element",
                  tensor->name, view->len, view->buf, bytes);
     return -1;
 }
@@ -220,7 +221,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     static char *names[] = {"config", "tensors", "threads", "isa", NULL};
     PyObject *config, *tensors;
     lco_model_options options = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|iz", names, &PyDict_Type, &config, &PyList_Type, &tensors, &options.threads, &options.isa))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|iz", names, &PyDict_Type, &config, &PyList_Type, &tensors, &options.threads,
+                                     &options.isa))
         return NULL;
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     model_object *self = (model_object *)alloc(type, 0);
@@ -283,7 +285,8 @@ static lco_status nan_check(const float *logits, int64_t rows, int64_t vocab, in
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < vocab; j++)
             if (isnan(logits[i * vocab + j]))
-                return lco_fail(err, LCO_ENUMERIC, "the logits at position %lld are NaN (token %lld): the weights or the cache hold NaN or infinity",
+                return lco_fail(err, LCO_ENUMERIC,
+                                "the logits at position %lld are NaN (token %lld): the weights or the cache hold NaN or infinity",
                                 (long long)(first + i), (long long)j);
     return LCO_OK;
 }
@@ -335,15 +338,16 @@ static PyObject *model_forward(model_object *self, PyObject *args, PyObject *kwa
     int last_only = 0, prompt = 1;
     long long rope_length = 0;
     core_state *state = lco_py_state((PyObject *)self);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OpLp", names, state->sequence_type, &sequence, &ids_object, &out, &last_only, &rope_length,
-                                     &prompt))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OpLp", names, state->sequence_type, &sequence, &ids_object, &out, &last_only,
+                                     &rope_length, &prompt))
         return NULL;
     sequence_object *seq = (sequence_object *)sequence;
     lco_model *model = lco_py_model(self);
     if (model == NULL || lco_py_sequence(seq) == NULL)
         return NULL;
     if (seq->cache->model != self || seq->busy) {
-        PyErr_SetString(state->errors[LCO_EINVAL], seq->busy ? "sequence: a running generation uses it" : "sequence: its cache belongs to another model");
+        PyErr_SetString(state->errors[LCO_EINVAL],
+                        seq->busy ? "sequence: a running generation uses it" : "sequence: its cache belongs to another model");
         return NULL;
     }
     Py_buffer ids, logits = {0};
@@ -376,8 +380,8 @@ static PyObject *model_info(model_object *self, PyObject *Py_UNUSED(arg))
     if (model == NULL)
         return NULL;
     const lco_ops *ops = lco_model_ops(model);
-    return Py_BuildValue("{s:s,s:s,s:i,s:n}", "isa", ops->name, "isa_detail", ops->detail, "threads", lco_model_threads(model), "scratch_bytes",
-                         (Py_ssize_t)lco_model_scratch_bytes(model));
+    return Py_BuildValue("{s:s,s:s,s:i,s:n}", "isa", ops->name, "isa_detail", ops->detail, "threads", lco_model_threads(model),
+                         "scratch_bytes", (Py_ssize_t)lco_model_scratch_bytes(model));
 }
 
 static PyMethodDef methods[] = {

@@ -6,6 +6,7 @@ import numpy as np
 
 from .._core import convert
 from ..errors import ArgumentError, NumericError
+from . import smollm2
 from .checkpoint import LoadedCheckpoint, in_threads
 from .gguf import read_metadata
 from .gguf_model import load_gguf
@@ -13,7 +14,7 @@ from .hf import load_folder
 from .hub import resolve
 from .safetensors import BITS, Tensor, read_safetensors
 
-__all__ = ["LoadedCheckpoint", "Tensor", "load", "read_metadata", "read_safetensors", "resolve"]
+__all__ = ["LoadedCheckpoint", "Tensor", "load", "read_metadata", "read_safetensors", "resolve", "smollm2"]
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

@@ -118,6 +118,8 @@ def _normalise(found: dict[str, Tensor]) -> dict[str, Tensor]:
             raise UnsupportedError(f"{tensor.file}: tensor '{raw_name}' belongs to a quantised checkpoint; {_LOADABLE}")
         if tensor.dtype not in WEIGHT_DTYPES:
             raise UnsupportedError(f"{tensor.file}: tensor '{raw_name}' is {tensor.dtype}; {_LOADABLE}")
+        if len(tensor.shape) not in (1, 2):
+            raise FormatError(f"{tensor.file}: tensor '{raw_name}' has shape {list(tensor.shape)}; expected one or two dimensions")
         bare = raw_name.startswith(("layers.", "embed_tokens.", "norm."))  # saved from the model without its head
         name = f"model.{raw_name}" if bare else raw_name
         if name in tensors:

@@ -157,6 +157,8 @@ def _entry(path, name, info):
     def fail(problem):
         raise FormatError(f"{path}: tensor '{name}': {problem}")
 
+    if not name.isprintable():
+        raise FormatError(f"{path}: a tensor is named {name!r:.100}; expected printable characters")
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
         fail(f"found {info!r:.100}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]

@@ -36,7 +36,7 @@ def byte_level_bytes(token: str) -> bytes:
     try:
         return bytes([BYTE_ALPHABET[char] for char in token])
     except KeyError:
-        return token.encode("utf-8")
+        return token.encode("utf-8", "surrogateescape")
 
 
 class Detokenizer:
@@ -188,7 +188,7 @@ class _Steps:
             for old, new in self.replace:
                 text = text.replace(old, new)
             byte = byte_of_token(text) if self.bytes else None
-            return text.encode("utf-8") if byte is None else bytes([byte])
+            return text.encode("utf-8", "surrogateescape") if byte is None else bytes([byte])
 
         def piece(token_id: int) -> bytes:
             return plain(token(token_id) or "")

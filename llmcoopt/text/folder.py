@@ -127,13 +127,16 @@ class _Files:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._read: dict[str, dict] = {}
         self.config = self._json("tokenizer_config.json")
         self.map = self._json("special_tokens_map.json")
         self.defaults: dict[str, str] = {}
 
     def _json(self, name):
-        path = self.folder / name
-        return read_json(path) if path.exists() else {}
+        if name not in self._read:
+            path = self.folder / name
+            self._read[name] = read_json(path) if path.exists() else {}
+        return self._read[name]
 
     def added(self) -> list[dict]:
         """Added tokens in order of their ids: id, content, where, and the flags."""

@@ -95,9 +95,9 @@ class SentencePieceEncoder:
                 return surfaces[token_id].encode("utf-8")
             token = self.token(token_id) or ""
             if is_text(token_id):
-                return token.replace(SPACE, " ").encode("utf-8")
+                return token.replace(SPACE, " ").encode("utf-8", "surrogateescape")
             byte = byte_of_token(token) if token_id < self.base_size and self._types[token_id] == BYTE else None
-            return token.encode("utf-8") if byte is None else bytes([byte])
+            return token.encode("utf-8", "surrogateescape") if byte is None else bytes([byte])
 
         def head_piece(token_id):
             return piece(token_id).removeprefix(b" ") if is_text(token_id) else piece(token_id)
