@@ -45,7 +45,8 @@ class TextStream:
         """The text that became certain with this token; "" while it is held back, and after a stop."""
         if self._finished:
             raise ArgumentError("TextStream.put after finish(); make a new TextStream for a new text")
-        token_id = self.tokenizer.check_id(token_id)
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            token_id = self.tokenizer.check_id(token_id)
         if self.stopped or (self._skip and token_id in self.tokenizer.all_special_ids):
             return ""
         return self._take(self._decoder.put(token_id), last=False)

@@ -113,4 +113,6 @@ def assert_close(found, expected, bound):
     ratio = error / np.maximum(bound, np.finfo(np.float64).tiny)
     if not (error <= bound).all():
         at = np.unravel_index(np.nanargmax(np.where(np.isnan(ratio), np.inf, ratio)), ratio.shape)
-        raise AssertionError(f"at {at}: found {found[at]}, expected {expected[at]}, {ratio[at]:.3g} times the bound of {np.broadcast_to(bound, ratio.shape)[at]:.3g}")
+        raise AssertionError(
+            f"at {at}: found {found[at]}, expected {expected[at]}, {ratio[at]:.3g} times the bound of {np.broadcast_to(bound, ratio.shape)[at]:.3g}"
+        )

@@ -25,11 +25,12 @@ INCLUDES = {
 }
 # Python modules from low to high: a module imports modules of lower rank only (or of its own package).
 RANKS = [
-    ["errors", "_version", "_core", "_arrays"],
-    ["config", "reference"],
+    ["errors", "_version", "_core"],
+    ["_arrays", "config", "reference"],
     ["loaders"],
     ["text"],
-    ["chat", "tokenizer", "streaming"],
+    ["chat", "streaming"],
+    ["tokenizer"],
     ["cache"],
     ["generation"],
     ["model"],

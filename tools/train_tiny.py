@@ -9,8 +9,8 @@ at its best held-out loss; the model that is kept then learns from the average o
 Every pass over the text shuffles the documents and cuts some words into smaller tokens than usual (BPE dropout). The weights kept are a
 moving average.
 
-Three splits, by the hash of each story: `valid` (3 %) chooses the checkpoint, `test` (3 %) is only reported, the rest is trained on. A story
-that shares half of its eight-word runs with an earlier one is dropped before, so that no near-copy of a held-out story is trained on.
+Three splits, by the hash of each story: `valid` (3 %) chooses the checkpoint, `test` (3 %) is only reported, the rest is trained on. A
+story that shares half of its eight-word runs with an earlier one is dropped, so that no near-copy of a held-out story is trained on.
 """
 
 import argparse
@@ -321,7 +321,7 @@ class Trainer:
         return text_loss.detach()
 
     def fit(self, name, shape, seed, dropout, weight_decay, lr, epochs, minutes, teachers=()):
-        """Train for `epochs` passes or `minutes` (counted from the second step), whichever ends first; the averaged weights at their best."""
+        """Train for `epochs` passes or `minutes` from the second step on; return the averaged weights at their best."""
         torch.manual_seed(seed)
         model = Llama(shape, dropout).to(self.device)
         opt, average, batch = optimizer(model, lr, weight_decay), copy.deepcopy(model).eval(), self.args.batch

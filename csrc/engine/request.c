@@ -92,6 +92,9 @@ static bool start_seen(lco_job *job, const lco_request *request, int32_t vocab)
     return true;
 }
 
+/* Gives back pages: all that the engine took, or those reserved past the length of a caller's sequence. */
+static void return_pages(lco_job *job) { (void)lco_seq_truncate(job->seq, job->owns_seq ? 0 : lco_seq_length(job->seq), NULL); }
+
 lco_status lco_job_create(lco_engine *engine, const lco_request *request, lco_job **out, lco_error *err)
 {
     *out = NULL;
@@ -141,10 +144,10 @@ void lco_job_destroy(lco_job *job)
 {
     if (job == NULL)
         return;
+    if (job->seq != NULL)
+        return_pages(job);
     if (job->owns_seq)
         lco_seq_destroy(job->seq);
-    else if (job->seq != NULL)
-        (void)lco_seq_truncate(job->seq, lco_seq_length(job->seq), NULL); /* pages reserved for tokens that will not come */
     lco_free(job->seen_bits);
     lco_free(job->seen);
     lco_free(job->eos);
@@ -163,6 +166,7 @@ void lco_job_see(lco_job *job, int32_t id)
 
 void lco_job_fail(lco_job *job, const lco_error *why)
 {
+    return_pages(job); /* now, as others may be waiting for them in this very step */
     job->rows = 0;
     job->reports = true;
     job->event = (lco_event){.request = job->id, .token = -1, .finish = LCO_FINISH_ERROR, .error = *why};

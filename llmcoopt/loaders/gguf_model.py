@@ -46,7 +46,6 @@ _NEUTRAL = {
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "attention.causal": (True,),
-    "attention.sliding_window": (0,),
 }
 
 
@@ -61,7 +60,8 @@ def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None
     if type(parts) is not int or parts > 1:
         raise UnsupportedError(f"{path}: split.count is {parts!r:.100}; merge the parts of a split file first (llama-gguf-split --merge)")
     config = gguf_config(metadata, found, path, tie_word_embeddings)
-    swapped = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if config.model_type == "llama" else {}
+    interleaved = metadata["general.architecture"] == "llama"
+    swapped = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if interleaved else {}
     jobs = []
     for name, tensor in found.items():
         if name in _ROPE_FACTORS or (name == "output.weight" and config.tie_word_embeddings):
@@ -105,6 +105,11 @@ def gguf_config(metadata: dict, tensors: dict[str, GgufTensor], path, tie_word_e
         "eos_token_id": _end_ids(metadata),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+    window = keys.get("attention.sliding_window", 0)
+    if window:
+        if architecture != "llama":
+            raise UnsupportedError(f"{path}: {architecture}.attention.sliding_window is {window}; which layers have it is not in the file")
+        config |= {"model_type": "mistral", "sliding_window": window}
     checked = parse_config(config, source=str(path))
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.get(key, checked.head_dim) != checked.head_dim:

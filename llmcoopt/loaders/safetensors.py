@@ -206,5 +206,5 @@ def make_tensor(name, dtype, shape, data, file) -> Tensor:
     """A Tensor over `data`, copied only when its address is no multiple of the element size (the format promises no alignment)."""
     if data.size and data.ctypes.data % max(1, BITS[dtype] // 8):
         data = data.copy()
-        data.flags.writeable = False
+    data.flags.writeable = False
     return Tensor(name, dtype, tuple(shape), data, file)

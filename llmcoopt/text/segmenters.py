@@ -128,13 +128,13 @@ class UnigramSegmenter(_Vocabulary):
         super().__init__(pieces, scores, types, unk_id, byte_fallback)
         normal = [scores[i] for i in range(len(pieces)) if types[i] == NORMAL] or [0.0]
         self.unknown_score = np.float32(np.float32(min(normal)) - np.float32(self.UNKNOWN_PENALTY))
-        best = np.float32(max(normal))
+        best = max(0.0, max(normal))  # so that a user-defined piece, next to free, beats every other way
         self.usable = {}
         for piece, i in self.ids.items():
             if types[i] == UNUSED:
                 continue
             fixed = types[i] == USER_DEFINED
-            self.usable[piece] = (i, np.float32(len(piece.encode("utf-8")) * float(best) - 0.1) if fixed else np.float32(scores[i]))
+            self.usable[piece] = (i, np.float32(len(piece.encode("utf-8")) * best - 0.1) if fixed else np.float32(scores[i]))
         self.prefixes = {piece[:n] for piece in self.usable for n in range(1, len(piece) + 1)}
 
     def __call__(self, text: str) -> list[int]:

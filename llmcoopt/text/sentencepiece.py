@@ -104,7 +104,7 @@ class SentencePieceEncoder:
 
         if self._normalize.remove_extra_spaces:
             return Detokenizer(piece, head_piece, "text", EACH_BYTE)
-        if self._dummy != NEVER and not self._normalize.suffix_space:
+        if self._dummy != NEVER:
             return Detokenizer(piece, head_piece, "piece", EACH_BYTE)
         return Detokenizer(piece, errors=EACH_BYTE)
 

@@ -27,8 +27,8 @@ static inline float *tiny_tensor(tiny_weights *w, const char *name, int64_t n, i
     for (int64_t i = 0; i < count; i++) /* norms near 1; matrices wide enough for the next token to depend on the context */
         data[i] = k > 0 ? (float)((2.0 * stream_uniform(&s) - 1.0) * 3.0 / sqrt((double)k)) : (float)(0.5 + stream_uniform(&s));
     snprintf(w->names[index], sizeof w->names[index], "%s", name);
-    w->tensors[index] = (lco_tensor){
-        .name = w->names[index], .data = data, .dtype = LCO_F32, .rank = k > 0 ? 2 : 1, .shape = {n, k > 0 ? k : 0}};
+    w->tensors[index] =
+        (lco_tensor){.name = w->names[index], .data = data, .dtype = LCO_F32, .rank = k > 0 ? 2 : 1, .shape = {n, k > 0 ? k : 0}};
     return data;
 }
 
@@ -49,9 +49,9 @@ static inline void tiny_make(tiny_weights *w)
         const char *name;
         int64_t n, k;
     } parts[] = {
-        {"self_attn.q_proj", q, TINY_HIDDEN},     {"self_attn.k_proj", kv, TINY_HIDDEN},   {"self_attn.v_proj", kv, TINY_HIDDEN},
+        {"self_attn.q_proj", q, TINY_HIDDEN},     {"self_attn.k_proj", kv, TINY_HIDDEN},    {"self_attn.v_proj", kv, TINY_HIDDEN},
         {"self_attn.o_proj", TINY_HIDDEN, q},     {"mlp.gate_proj", TINY_FFN, TINY_HIDDEN}, {"mlp.up_proj", TINY_FFN, TINY_HIDDEN},
-        {"mlp.down_proj", TINY_HIDDEN, TINY_FFN}, {"input_layernorm", TINY_HIDDEN, 0},     {"post_attention_layernorm", TINY_HIDDEN, 0},
+        {"mlp.down_proj", TINY_HIDDEN, TINY_FFN}, {"input_layernorm", TINY_HIDDEN, 0},      {"post_attention_layernorm", TINY_HIDDEN, 0},
     };
     tiny_tensor(w, "model.embed_tokens.weight", TINY_VOCAB, TINY_HIDDEN);
     tiny_tensor(w, "model.norm.weight", TINY_HIDDEN, 0);

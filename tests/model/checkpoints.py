@@ -72,7 +72,7 @@ def cast(x, dtype):
 def weight_shapes(config, family):
     """name -> shape of every tensor of the model."""
     c, hidden, inner = config, config["hidden_size"], config["intermediate_size"]
-    d = c.get("head_dim") or hidden // c["num_attention_heads"]
+    d = c["head_dim"]
     q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
     bias = {p: c.get("attention_bias", False) for p in "qkvo"}
     if family == "qwen2":
@@ -111,6 +111,7 @@ def make(folder, family="llama", seed=0, dtype="float32", shards=1, edit=None, *
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": [ARCHITECTURES[family]], "model_type": family, "dtype": dtype, **SMALL, **config}
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])  # Qwen3 would take 128
     rng = np.random.default_rng(seed)
     weights = {name: random_array(rng, name, shape) for name, shape in weight_shapes(config, family).items()}
     if edit:
@@ -129,12 +130,17 @@ def make(folder, family="llama", seed=0, dtype="float32", shards=1, edit=None, *
     return weights
 
 
-def error(a, b):
-    """The largest difference of a row relative to the row's largest value, over all rows: max |a - b| / max |b|."""
+def row_errors(a, b):
+    """The largest difference in each row, relative to the row's largest value: max |a - b| / max |b|."""
     a, b = np.atleast_2d(np.asarray(a, np.float64)), np.atleast_2d(np.asarray(b, np.float64))
     assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
     assert np.isfinite(a).all() and np.isfinite(b).all()
-    return (np.abs(a - b).max(axis=1) / np.abs(b).max(axis=1)).max()
+    return np.abs(a - b).max(axis=1) / np.abs(b).max(axis=1)
+
+
+def error(a, b):
+    """The largest of row_errors."""
+    return row_errors(a, b).max()
 
 
 def prompt(n, vocab=SMALL["vocab_size"], seed=0):

@@ -1,14 +1,9 @@
-"""Every operator test runs on every instruction set of this machine."""
+"""Operators on every instruction set of this machine: tests that use `ctx` or `isa` run once for each (see the conftest above)."""
 
 import numpy as np
 import pytest
 
 from llmcoopt import _core
-
-
-def pytest_generate_tests(metafunc):
-    if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", _core.isas())
 
 
 @pytest.fixture

@@ -83,17 +83,20 @@ static void product_2x1(float *sums, const uint32_t *x, const uint32_t *w, int64
     _tile_stored(2, SUMS_AT(0, 1), VL * 4);
 }
 
-static void multiply_tiles(float *sums, const uint32_t *x, const uint32_t *w, int64_t panels, int64_t rows, int64_t n_units, bool first)
+static void multiply_tiles(float *sums, const uint32_t *x, const uint32_t *w, const prompt_block *block)
 {
+    const int64_t panels = (block->x_rows + TILE - 1) / TILE, n_units = block->n_units;
     FENCE();
-    for (int64_t i = 0; i < rows; i += 2 * TILE) {
+    for (int64_t row = 0; row < block->rows; row += 2 * TILE) {
+        for (int64_t u = 0; u < n_units; u += TILE)
+            prefetch_next(block, row, 2 * TILE, u);
         for (int64_t panel = 0; panel < panels; panel += 2) {
-            float *to = sums + (panel * ITEM_ROWS + i) * VL;
-            const uint32_t *xs = x + panel * n_units * VL, *ws = w + i * ROW_UNITS;
+            float *to = sums + (panel * ITEM_ROWS + row) * VL;
+            const uint32_t *xs = x + panel * n_units * VL, *ws = w + row * ROW_UNITS;
             if (panels - panel >= 2)
-                product_2x2(to, xs, ws, n_units, first);
+                product_2x2(to, xs, ws, n_units, block->first);
             else
-                product_2x1(to, xs, ws, n_units, first);
+                product_2x1(to, xs, ws, n_units, block->first);
         }
     }
     FENCE();

@@ -2,19 +2,16 @@
 #include "../simd/linear_bf16.h"
 #include "../simd/linear_tile.h"
 
-ALWAYS_INLINE vf unit_dot_bf16(vf sum, vf w, vf x)
-{
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
-}
+ALWAYS_INLINE vf unit_dot_bf16(vf sum, vf w, vf x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 
-static void multiply_bf16(float *sums, const uint32_t *x, const uint32_t *w, int64_t panels, int64_t rows, int64_t n_units, bool first)
+static void multiply_bf16(float *sums, const uint32_t *x, const uint32_t *w, const prompt_block *block)
 {
-    tile_products(sums, x, w, panels, rows, n_units, first, unit_dot_bf16);
+    unit_products(sums, x, w, block, unit_dot_bf16);
 }
 
 lco_status lco_avx512_linear_bf16(const lco_linear_args *a)
 {
     static const prompt_kernel KERNEL = {
-        .per_unit = 2, .row_step = TILE_ROWS, .pack_x = pack_x_bf16, .copy_w = copy_w_bf16, .multiply = multiply_bf16};
+        .per_unit = 2, .row_step = VL, .pack_x = pack_x_bf16, .copy_w = copy_w_bf16, .multiply = multiply_bf16};
     return linear_bf16(a, &KERNEL);
 }

@@ -33,13 +33,16 @@ static void pack_x_bf16(uint32_t *panel, const float *x, int64_t ld_x, int64_t r
     }
 }
 
-static void copy_w_bf16(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units, int64_t ahead)
+static void copy_w_bf16(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units)
 {
     (void)dtype;
     const uint16_t *from = w;
-    for (int64_t u = 0; u < n_units; u += VL) {
-        const int64_t width = left - 2 * u < 0 ? 0 : left - 2 * u < 2 * VL ? left - 2 * u : 2 * VL;
-        _mm_prefetch((const char *)(from + 2 * u) + ahead, _MM_HINT_T1);
+    const int64_t whole = left < 2 * n_units ? left / (2 * VL) * VL : n_units;
+    int64_t u = 0;
+    for (; u < whole; u += VL)
+        _mm512_store_si512(row + u, _mm512_loadu_si512(from + 2 * u));
+    for (; u < n_units; u += VL) {
+        const int64_t width = left > 2 * u ? left - 2 * u : 0;
         _mm512_store_si512(row + u, _mm512_maskz_loadu_epi16((__mmask32)(((uint64_t)1 << width) - 1), from + 2 * u));
     }
 }

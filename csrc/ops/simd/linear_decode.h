@@ -1,10 +1,11 @@
 /* Decode rows of `linear`: a few rows of x against the whole weight matrix, bound by reading it.
  *
- * A thread takes a run of weight rows and multiplies STREAMS of them at once with up to DECODE_ROWS rows of x; more rows of x find the
- * weight rows in the cache. Each output is one chain of fused multiply-adds over k, lane by lane, closed by v_sum: its bits depend on k alone.
+ * A thread takes a run of weight rows and multiplies a group of them (streams) at once with up to DECODE_ROWS rows of x; further rows of x find
+ * the weight rows in the cache. Each output is one chain of fused multiply-adds over k, lane by lane, closed by v_sum: its bits depend on k
+ * alone.
  *
- * The weights are prefetched twice: far ahead into L2 and near into L1. Ahead of a position in a row lies the same row; past its end lies the
- * row of the next group of STREAMS. */
+ * Weights are prefetched twice, far ahead into L2 and near into L1. Ahead of a position in a row lies the rest of that row, then the row of the
+ * same stream in the next group. */
 #ifndef LCO_OPS_SIMD_LINEAR_DECODE_H
 #define LCO_OPS_SIMD_LINEAR_DECODE_H
 
@@ -13,10 +14,11 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-#define STREAMS 4
-#define DECODE_ROWS (VL == 16 ? 4 : 2) /* STREAMS * DECODE_ROWS sums live in registers */
-#define FAR_BYTES 1024                 /* ahead in each stream, into L2 */
-#define NEAR_BYTES 256                 /* into L1 */
+#define STREAMS 4                         /* weight rows at once */
+#define SINGLE_STREAMS (VL == 16 ? 2 : 4) /* for one row of x: two are enough to hide the latency of 512-bit sums, and read best */
+#define DECODE_ROWS (VL == 16 ? 4 : 2)    /* rows of x at once: STREAMS * DECODE_ROWS sums live in registers */
+#define FAR_BYTES 8192                    /* prefetched ahead by all streams together, into L2 */
+#define NEAR_BYTES 1024                   /* into L1 */
 #define MIN_RUN_BYTES ((int64_t)16 << 10)
 #define MAX_RUN_BYTES ((int64_t)512 << 10)
 
@@ -26,16 +28,34 @@ typedef struct {
     int64_t first[LCO_LINEAR_PARTS + 1]; /* first item of each part, and the end */
 } decode_job;
 
-/* Where the line `ahead` bytes further on in the order of reading lies, seen from byte `at` of a row. */
-ALWAYS_INLINE int64_t decode_ahead(int64_t at, int64_t ahead, int64_t row_bytes, int streams)
+/* The place some bytes ahead of byte `at` of a row: at + skip, from byte `turn` on at + skip_after. */
+typedef struct {
+    int64_t skip, turn, skip_after;
+} decode_ahead;
+
+static decode_ahead look_ahead(int64_t bytes, int64_t row_bytes, int streams)
 {
-    int64_t to = at + (ahead < row_bytes ? ahead : row_bytes);
-    return to < row_bytes ? to : to + (streams - 1) * row_bytes;
+    const int64_t groups = bytes / row_bytes, rest = bytes % row_bytes, skip = groups * streams * row_bytes + rest;
+    return (decode_ahead){.skip = skip, .turn = row_bytes - rest, .skip_after = skip + (streams - 1) * row_bytes};
 }
 
-/* out[j, r] for `streams` weight rows from w on and `rows` rows of x. */
-ALWAYS_INLINE void decode_tile(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, int64_t w_row, int64_t x_row, const int streams,
-                               const int rows)
+typedef struct {
+    decode_ahead far, near;
+} decode_path;
+
+static decode_path look_ahead_both(int64_t row_bytes, int streams)
+{
+    return (decode_path){look_ahead(FAR_BYTES / streams, row_bytes, streams), look_ahead(NEAR_BYTES / streams, row_bytes, streams)};
+}
+
+ALWAYS_INLINE const char *place_ahead(const char *row, int64_t at, const decode_ahead *ahead)
+{
+    return row + at + (at < ahead->turn ? ahead->skip : ahead->skip_after);
+}
+
+/* out[j, r] for `streams` weight rows from w_row on and `rows` rows of x from x_row on. */
+ALWAYS_INLINE void decode_tile(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, const decode_path *path, int64_t w_row,
+                               int64_t x_row, const int streams, const int rows)
 {
     const int64_t k = a->k, size = (int64_t)lco_dtype_bytes(dtype), row_bytes = k * size, line = 64 / size;
     const char *w = (const char *)part->w + w_row * row_bytes;
@@ -46,10 +66,9 @@ ALWAYS_INLINE void decode_tile(const lco_linear_args *a, const lco_linear_part *
             sum[r][j] = v_zero();
     int64_t i = 0;
     for (; i + line <= k; i += line) {
-        int64_t far = decode_ahead(i * size, FAR_BYTES, row_bytes, streams), near = decode_ahead(i * size, NEAR_BYTES, row_bytes, streams);
         for (int r = 0; r < streams; r++) {
-            _mm_prefetch(w + r * row_bytes + far, _MM_HINT_T1);
-            _mm_prefetch(w + r * row_bytes + near, _MM_HINT_T0);
+            _mm_prefetch(place_ahead(w + r * row_bytes, i * size, &path->far), _MM_HINT_T1);
+            _mm_prefetch(place_ahead(w + r * row_bytes, i * size, &path->near), _MM_HINT_T0);
         }
 #pragma GCC unroll 4
         for (int64_t u = i; u < i + line; u += VL) {
@@ -82,29 +101,35 @@ ALWAYS_INLINE void decode_tile(const lco_linear_args *a, const lco_linear_part *
     }
 }
 
-ALWAYS_INLINE void decode_rows(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, int64_t w_row, const int streams)
+/* Weight rows [begin, end) against all decode rows, `streams` at a time; returns the first row it left over. */
+ALWAYS_INLINE int64_t decode_groups(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, int64_t begin, int64_t end,
+                                    const int streams)
 {
-    for (int64_t row = a->m_prompt; row < a->m;) {
-        int64_t rows = a->m - row < DECODE_ROWS ? a->m - row : DECODE_ROWS;
-        if (rows == 1)
-            decode_tile(a, part, dtype, w_row, row, streams, 1);
-        else if (rows == 2)
-            decode_tile(a, part, dtype, w_row, row, streams, 2);
-        else if (rows == 3)
-            decode_tile(a, part, dtype, w_row, row, streams, 3);
-        else
-            decode_tile(a, part, dtype, w_row, row, streams, 4);
-        row += rows;
+    const decode_path path = look_ahead_both(a->k * (int64_t)lco_dtype_bytes(dtype), streams);
+    int64_t j = begin;
+    for (; j + streams <= end; j += streams) {
+        for (int64_t row = a->m_prompt, rows; row < a->m; row += rows) {
+            rows = a->m - row < DECODE_ROWS ? a->m - row : DECODE_ROWS;
+            if (rows == 1)
+                decode_tile(a, part, dtype, &path, j, row, streams, 1);
+            else if (rows == 2)
+                decode_tile(a, part, dtype, &path, j, row, streams, 2);
+            else if (rows == 3)
+                decode_tile(a, part, dtype, &path, j, row, streams, 3);
+            else
+                decode_tile(a, part, dtype, &path, j, row, streams, 4);
+        }
     }
+    return j;
 }
 
 ALWAYS_INLINE void decode_run(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, int64_t begin, int64_t end)
 {
-    int64_t j = begin;
-    for (; j + STREAMS <= end; j += STREAMS)
-        decode_rows(a, part, dtype, j, STREAMS);
-    for (; j < end; j++)
-        decode_rows(a, part, dtype, j, 1);
+    if (a->m - a->m_prompt == 1)
+        begin = decode_groups(a, part, dtype, begin, end, SINGLE_STREAMS);
+    else
+        begin = decode_groups(a, part, dtype, begin, end, STREAMS);
+    decode_groups(a, part, dtype, begin, end, 1);
 }
 
 static void decode_task(void *ctx, int64_t begin, int64_t end, int thread)

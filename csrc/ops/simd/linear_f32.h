@@ -18,42 +18,37 @@ static void pack_x_f32(uint32_t *panel, const float *x, int64_t ld_x, int64_t ro
     }
 }
 
-ALWAYS_INLINE void widen_row(float *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units, int64_t ahead)
+ALWAYS_INLINE void widen_row(float *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units)
 {
-    const int64_t size = (int64_t)lco_dtype_bytes(dtype), whole = left < n_units ? left / VL * VL : n_units;
+    const int64_t whole = left < n_units ? left / VL * VL : n_units;
     int64_t u = 0;
-    for (; u < whole; u += VL) {
-        _mm_prefetch((const char *)w + u * size + ahead, _MM_HINT_T1);
+    for (; u < whole; u += VL)
         v_store(row + u, v_load_as(w, u, dtype));
-    }
     for (; u < n_units; u += VL)
         v_store(row + u, u < left ? v_load_as_n(w, u, left - u, dtype) : v_zero());
 }
 
-static void copy_w_f32(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units, int64_t ahead)
+static void copy_w_f32(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units)
 {
     if (dtype == LCO_BF16)
-        widen_row((float *)row, w, LCO_BF16, left, n_units, ahead);
+        widen_row((float *)row, w, LCO_BF16, left, n_units);
     else if (dtype == LCO_F16)
-        widen_row((float *)row, w, LCO_F16, left, n_units, ahead);
+        widen_row((float *)row, w, LCO_F16, left, n_units);
     else
-        widen_row((float *)row, w, LCO_F32, left, n_units, ahead);
+        widen_row((float *)row, w, LCO_F32, left, n_units);
 }
 
-ALWAYS_INLINE vf unit_dot_f32(vf sum, vf w, vf x)
-{
-    return v_fma(w, x, sum);
-}
+ALWAYS_INLINE vf unit_dot_f32(vf sum, vf w, vf x) { return v_fma(w, x, sum); }
 
-static void multiply_f32(float *sums, const uint32_t *x, const uint32_t *w, int64_t panels, int64_t rows, int64_t n_units, bool first)
+static void multiply_f32(float *sums, const uint32_t *x, const uint32_t *w, const prompt_block *block)
 {
-    tile_products(sums, x, w, panels, rows, n_units, first, unit_dot_f32);
+    unit_products(sums, x, w, block, unit_dot_f32);
 }
 
 static lco_status linear_f32(const lco_linear_args *a)
 {
     static const prompt_kernel KERNEL = {
-        .per_unit = 1, .row_step = TILE_ROWS, .pack_x = pack_x_f32, .copy_w = copy_w_f32, .multiply = multiply_f32};
+        .per_unit = 1, .row_step = VL, .pack_x = pack_x_f32, .copy_w = copy_w_f32, .multiply = multiply_f32};
     lco_status status = a->m_prompt > 0 ? linear_prompt(a, &KERNEL) : LCO_OK;
     if (status == LCO_OK && a->m > a->m_prompt)
         linear_decode(a);

@@ -22,16 +22,32 @@
 #define ROW_UNITS (BLOCK_UNITS + VL)    /* the distance keeps rows off the same cache sets */
 #define MAX_PROMPT_ROWS 1024            /* rows of x packed at a time */
 
+/* One block of k of one item, and the weights that are copied after it. */
+typedef struct {
+    int64_t x_rows, rows, n_units; /* rows: of weights, a multiple of row_step; n_units: a multiple of VL */
+    bool first;                    /* sums are overwritten */
+    const char *next;              /* row r begins at next + r * row_bytes */
+    int64_t row_bytes, next_lines; /* cache lines of a row to prefetch in each VL units of this block */
+} prompt_block;
+
+/* Spreads the prefetch of the next block over this one: `rows` rows from `row` on, at unit u. */
+ALWAYS_INLINE void prefetch_next(const prompt_block *block, int64_t row, const int rows, int64_t u)
+{
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < block->next_lines; i++)
+            _mm_prefetch(block->next + (row + r) * block->row_bytes + (u / VL * block->next_lines + i) * 64, _MM_HINT_T1);
+}
+
 /* One kind of arithmetic. */
 typedef struct {
     int per_unit; /* elements of k in a unit */
     int row_step; /* items are multiples of this many rows; copied rows are padded with zero rows to it */
     /* One panel and one block of k: units [0, n_units) of rows x[0 .. rows), columns from 0 to `left` (zero beyond). n_units is a multiple of VL. */
     void (*pack_x)(uint32_t *panel, const float *x, int64_t ld_x, int64_t rows, int64_t left, int64_t n_units);
-    /* One weight row's n_units units from `left` elements (zero beyond); prefetches `ahead` bytes further. */
-    void (*copy_w)(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units, int64_t ahead);
-    /* sums (+)= products of all panels with `rows` copied weight rows, a multiple of row_step. */
-    void (*multiply)(float *sums, const uint32_t *x, const uint32_t *w, int64_t panels, int64_t rows, int64_t n_units, bool first);
+    /* One weight row's n_units units from `left` elements (zero beyond). */
+    void (*copy_w)(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units);
+    /* sums (+)= products of one block of k: packed x with copied weight rows. Prefetches `next` meanwhile. */
+    void (*multiply)(float *sums, const uint32_t *x, const uint32_t *w, const prompt_block *block);
     void (*begin)(void), (*end)(void); /* around a thread's work; may be NULL */
 } prompt_kernel;
 
@@ -103,15 +119,18 @@ static void prompt_item(const prompt_job *job, int64_t item, uint32_t *w, float 
     const int64_t n0 = (item - job->first[p]) * job->item_rows;
     const int64_t rows = part->n - n0 < job->item_rows ? part->n - n0 : job->item_rows;
     const int64_t padded = (rows + kernel->row_step - 1) / kernel->row_step * kernel->row_step;
-    const int64_t size = (int64_t)lco_dtype_bytes(part->dtype), row_bytes = a->k * size;
+    const int64_t size = (int64_t)lco_dtype_bytes(part->dtype), row_bytes = a->k * size, block_k = BLOCK_UNITS * kernel->per_unit;
     const char *base = (const char *)part->w + n0 * row_bytes;
     memset(w + rows * ROW_UNITS, 0, (size_t)((padded - rows) * ROW_UNITS) * sizeof *w);
-    for (int64_t block = 0; block < job->blocks; block++) {
-        const int64_t k0 = block * BLOCK_UNITS * kernel->per_unit, n_units = block_units(job, block);
-        const int64_t ahead = block + 1 < job->blocks ? BLOCK_UNITS * kernel->per_unit * size : (rows * a->k - k0) * size;
+    for (int64_t i = 0; i < job->blocks; i++) {
+        const int64_t k0 = i * block_k, n_units = block_units(job, i);
         for (int64_t j = 0; j < rows; j++)
-            kernel->copy_w(w + j * ROW_UNITS, base + j * row_bytes + k0 * size, part->dtype, a->k - k0, n_units, ahead);
-        kernel->multiply(sums, packed_block(job, block), w, job->panels, padded, n_units, block == 0);
+            kernel->copy_w(w + j * ROW_UNITS, base + j * row_bytes + k0 * size, part->dtype, a->k - k0, n_units);
+        prompt_block block = {.x_rows = job->rows, .rows = padded, .n_units = n_units, .first = i == 0, .row_bytes = row_bytes};
+        const int64_t next_k = i + 1 < job->blocks ? a->k - k0 - block_k : a->k;
+        block.next = i + 1 < job->blocks ? base + (k0 + block_k) * size : base + rows * row_bytes;
+        block.next_lines = ((next_k < block_k ? next_k : block_k) * size / 64 * VL + n_units - 1) / n_units;
+        kernel->multiply(sums, packed_block(job, i), w, &block);
     }
     finish_item(job, part, n0, rows, sums);
 }

@@ -1,0 +1,135 @@
+"""The extension's contract with Python. Arrays are any objects with the buffer protocol; `ids` are int32.
+
+Errors: ArgumentError for a wrong argument, FormatError for weights that do not fit the config, OutOfMemoryError, OutOfPagesError, NumericError,
+ForkError, UnsupportedError, all of llmcoopt.errors.
+"""
+
+from collections.abc import Sequence as _Sequence
+from typing import Any
+
+from typing_extensions import Buffer
+
+class Model:
+    """A model over weight buffers, which it keeps alive. `config` is ModelConfig.to_core(); `tensors` holds (name, buffer, dtype, shape)."""
+
+    def __init__(
+        self, config: dict, tensors: list[tuple[str, Buffer, str, tuple[int, ...]]], threads: int = 0, isa: str | None = None
+    ) -> None: ...
+    def forward(
+        self,
+        sequence: Sequence,
+        ids: Buffer,
+        logits: Buffer | None = None,
+        last_only: bool = False,
+        rope_length: int = 0,
+        prompt: bool = True,
+    ) -> None:
+        """Computes ids after what the sequence holds, appends them, and writes float32 logits [n, vocab] ([vocab] when last_only)."""
+
+    def info(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+class KVCache:
+    """A paged key/value cache shaped for a model."""
+
+    def __init__(self, model: Model, dtype: str, page_size: int, max_tokens: int) -> None: ...
+    def sequence(self) -> Sequence: ...
+    def stats(self) -> dict[str, int]: ...
+    def check(self) -> None: ...
+    def close(self) -> None: ...
+
+class Sequence:
+    """A sequence of a KVCache; made by KVCache.sequence() and fork()."""
+
+    def length(self) -> int: ...
+    def fork(self) -> Sequence: ...
+    def truncate(self, length: int) -> None: ...
+    def free(self) -> None: ...
+
+class Engine:
+    """Continuous batching over one cache."""
+
+    def __init__(self, cache: KVCache, max_batch: int = 64, chunk: int = 512) -> None: ...
+    def add(
+        self,
+        prompt: Buffer,
+        max_new_tokens: int,
+        eos: Buffer,
+        ignore_eos: bool,
+        min_new_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        seed: int,
+        sequence: Sequence | None,
+        history: Buffer,
+    ) -> int:
+        """Queues a request; returns its number."""
+
+    def step(self) -> list[tuple[int, int, float, str | None, Exception | None]]:
+        """Runs one step: (request, token or -1, logprob, finish reason or None, exception or None), at most one event a request."""
+
+    def cancel(self, request: int) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+    def check(self) -> None: ...
+    def close(self) -> None: ...
+
+class OpContext:
+    """Single operators of one instruction set, for tests and benchmarks: the contracts of csrc/ops/ops.h on plain arrays."""
+
+    name: str
+    detail: str
+    threads: int
+    def __init__(self, isa: str | None = None, threads: int = 1) -> None: ...
+    def embed(self, out: Buffer, ids: Buffer, table: Buffer, dtype: str) -> None: ...
+    def rmsnorm(self, out: Buffer, x: Buffer, weight: Buffer, eps: float) -> None: ...
+    def linear(
+        self, x: Buffer, parts: _Sequence[tuple[Buffer, Buffer, str, Buffer | None]], m_prompt: int = 0, accumulate: bool = False
+    ) -> None: ...
+    def swiglu(self, out: Buffer, gate: Buffer, up: Buffer) -> None: ...
+    def rope_append(
+        self,
+        q: Buffer,
+        k: Buffer,
+        v: Buffer,
+        cos: Buffer,
+        sin: Buffer,
+        cache: Buffer,
+        dtype: str,
+        page_size: int,
+        n_layers: int,
+        layer: int,
+        items: _Sequence,
+    ) -> None: ...
+    def attention(
+        self,
+        out: Buffer,
+        q: Buffer,
+        cache: Buffer,
+        dtype: str,
+        page_size: int,
+        n_layers: int,
+        n_kv_heads: int,
+        layer: int,
+        items: _Sequence,
+        scale: float,
+        window: int = 0,
+    ) -> None: ...
+
+def isas() -> list[str]:
+    """Names of the instruction sets that this machine can run, best last."""
+
+def convert(source: Buffer, from_dtype: str, out: Buffer, to_dtype: str) -> int:
+    """Converts between 'F32', 'F16' and 'BF16', rounding to nearest even; returns how many values were lost."""
+
+def dequantize(blocks: Buffer, type: int, out: Buffer, dtype: str) -> int:
+    """Decodes GGUF blocks of a type number into 'F32', 'F16' or 'BF16'."""
+
+def mem_fail_at(n: int) -> int:
+    """Makes the n-th native allocation from now fail, once (0: off)."""
+
+def mem_live() -> int:
+    """Native blocks allocated and not freed, in this process."""

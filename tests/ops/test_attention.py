@@ -1,0 +1,211 @@
+import numpy as np
+import oracle
+import pytest
+
+# In units of oracle.attention's bound. Observed: 3.2 at most over all cases below (0.4 for ref).
+BOUND = 8
+RATIOS = [(2, 2), (4, 2), (3, 1), (10, 2), (7, 1), (8, 1), (23, 1)]
+
+
+class Case:
+    """One sequence of `tokens` in randomly placed pages of a NaN-poisoned cache, layer 1 of 2, and queries for every position."""
+
+    def __init__(self, rng, tokens, heads=4, kv_heads=2, head_dim=64, page_size=64, dtype="bfloat16", spread=1.0):
+        n = -(-tokens // page_size)
+        self.pages = oracle.Pages(n + 3, 2, kv_heads, head_dim, page_size, dtype)
+        self.table = rng.permutation(n + 3)[:n].astype(np.int32)
+        k, v = (rng.standard_normal((tokens, kv_heads, head_dim)).astype(np.float32) for _ in range(2))
+        self.pages.write(self.table, 1, k, v)
+        self.k, self.v = self.pages.read(self.table, 1, tokens)
+        self.q = rng.standard_normal((tokens, heads, head_dim)).astype(np.float32) * np.float32(spread)
+        self.scale = head_dim**-0.5
+
+    def item(self, row, length, pos, prompt):
+        return self.table[: -(-(pos + length) // self.pages.page_size)].copy(), row, length, pos, prompt
+
+    def run(self, ctx, q, items, window=0, scale=None):
+        out = np.full_like(q, np.nan)
+        scale = self.scale if scale is None else scale
+        ctx.attention(out, q, n_kv_heads=self.pages.n_kv_heads, **self.pages.where, layer=1, items=items, scale=scale, window=window)
+        return out
+
+    def rows(self, ctx, pos, length, prompt, window=0):
+        """Output of the rows at positions pos.., as one item."""
+        return self.run(ctx, self.q[pos : pos + length].copy(), [self.item(0, length, pos, prompt)], window)
+
+    def check(self, ctx, pos, length, prompt, window=0):
+        end = pos + length
+        expected, bound = oracle.attention(self.q[pos:end], self.k[:end], self.v[:end], pos, self.scale, window)
+        oracle.assert_close(self.rows(ctx, pos, length, prompt, window), expected, BOUND * bound)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("heads, kv_heads", RATIOS)
+def test_head_ratios(ctx, rng, heads, kv_heads, dtype):
+    case = Case(rng, 150, heads, kv_heads, dtype=dtype)
+    case.check(ctx, 149, 1, prompt=False)
+    case.check(ctx, 0, 150, prompt=True)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 6, 40, 64, 80, 100, 128, 256])
+def test_head_sizes(ctx, rng, head_dim, dtype):
+    case = Case(rng, 100, 3, 1, head_dim, 48, dtype)
+    case.check(ctx, 99, 1, prompt=False)
+    case.check(ctx, 30, 70, prompt=True)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 48, 64, 80, 112, 512])
+def test_page_sizes(ctx, rng, page_size):
+    case = Case(rng, 1200, page_size=page_size)
+    for pos in (0, 15, 16, 511, 512, 1199):
+        case.check(ctx, pos, 1, prompt=False)
+    case.check(ctx, 1000, 130, prompt=True)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 100, 599, 600, 10_000])
+def test_window(ctx, rng, window):
+    case = Case(rng, 700, page_size=32)
+    for pos in (0, 98, 99, 100, 599, 699):
+        case.check(ctx, pos, 1, False, window)
+    case.check(ctx, 0, 300, True, window)
+    case.check(ctx, 550, 150, True, window)
+
+
+def test_positions_outside_the_window_are_not_read(ctx, rng):
+    window, tokens = 70, 400
+    case = Case(rng, tokens, page_size=16)
+    decode, prompt = case.rows(ctx, tokens - 1, 1, False, window), case.rows(ctx, 380, 20, True, window)
+    nan = np.full((380 - window + 1, 2, 64), np.nan, np.float32)
+    case.pages.write(case.table, 1, nan, nan)
+    assert np.array_equal(case.rows(ctx, 380, 20, True, window), prompt)
+    nan = np.full((tokens - window, 2, 64), np.nan, np.float32)
+    case.pages.write(case.table, 1, nan, nan)
+    assert np.array_equal(case.rows(ctx, tokens - 1, 1, False, window), decode)
+
+
+def test_a_row_reads_nothing_past_its_position(ctx, rng):
+    """NaN keys and values of later tokens of the same prompt do not reach a row, though they share its tiles."""
+    case = Case(rng, 90, 3, 1)
+    clean = case.rows(ctx, 0, 90, True)
+    nan = np.full((5, 1, 64), np.nan, np.float32)
+    case.pages.write(case.table, 1, nan, nan, start=85)
+    poisoned = case.rows(ctx, 0, 90, True)
+    assert np.array_equal(poisoned[:85], clean[:85])
+    assert np.isnan(poisoned[85:]).all(), "a NaN in the cache must show"
+    assert np.isnan(case.rows(ctx, 89, 1, False)).all()
+
+
+@pytest.mark.parametrize("window", [0, 45])
+@pytest.mark.parametrize("heads, kv_heads", [(3, 1), (2, 2), (5, 1)])
+def test_prompt_rows_do_not_depend_on_chunks_or_threads(ctx, one_thread, rng, heads, kv_heads, window):
+    tokens = 333
+    case = Case(rng, tokens, heads, kv_heads, page_size=48, dtype="float16")
+    whole = case.rows(ctx, 0, tokens, True, window)
+    assert np.array_equal(case.rows(one_thread, 0, tokens, True, window), whole)
+    for step in (1, 7, 64):
+        pieces = [case.rows(ctx, pos, min(step, tokens - pos), True, window) for pos in range(0, tokens, step)]
+        assert np.array_equal(np.concatenate(pieces), whole), f"chunks of {step}"
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(5, 5), (8, 2), (7, 1)])
+def test_rows_do_not_depend_on_the_batch(ctx, one_thread, rng, heads, kv_heads):
+    """Two prompts and decode rows of several lengths in one call, in one cache, against each item alone on one thread."""
+    case = Case(rng, 2600, heads, kv_heads, 32, 16, "bfloat16")
+    shapes = [(40, 100, True), (0, 33, True), (2599, 1, False), (513, 1, False), (0, 1, False), (1700, 1, False)]
+    q = np.concatenate([case.q[pos : pos + length] for pos, length, _ in shapes])
+    row, items, slices = 0, [], []
+    for pos, length, prompt in shapes:
+        items.append(case.item(row, length, pos, prompt))
+        slices.append(slice(row, row + length))
+        row += length
+    for window in (0, 900):
+        together = case.run(ctx, q, items, window)
+        for (pos, length, prompt), rows in zip(shapes, slices, strict=True):
+            assert np.array_equal(case.rows(one_thread, pos, length, prompt, window), together[rows]), (pos, length, prompt)
+
+
+def test_long_context(ctx, rng):
+    """More tokens than one split each: 16 splits, merged."""
+    case = Case(rng, 9000, 6, 3, 32, 64, "float16", spread=3)
+    for pos in (511, 512, 1023, 8191, 8999):
+        case.check(ctx, pos, 1, prompt=False)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_large_scores(ctx, rng, sign, prompt):
+    """Scores of about 60,000 of either sign: a finite stand-in for minus infinity would win over them."""
+    case = Case(rng, 130, dtype="float32")
+    case.q[:] = sign * 60_000 / 8
+    k = np.abs(case.k) * 0 + 1 + rng.integers(0, 3, case.k.shape) * np.float32(2.0**-12)
+    case.pages.write(case.table, 1, k, case.v)
+    case.k, case.v = case.pages.read(case.table, 1, 130)
+    out = case.rows(ctx, 100, 30 if prompt else 1, prompt)
+    assert np.isfinite(out).all()
+    expected, bound = oracle.attention(case.q[100 : 100 + len(out)], case.k[: 100 + len(out)], case.v[: 100 + len(out)], 100, case.scale)
+    assert abs(expected).max() < 5
+    oracle.assert_close(out, expected, BOUND * bound)
+
+
+def test_strided_rows(ctx, rng):
+    case = Case(rng, 80, 4, 2)
+    joint = np.full((10, 8, 64), 7, np.float32)
+    joint[:, 2:6] = case.q[70:]
+    out = np.full((10, 6, 64), -1, np.float32)
+    items = [case.item(0, 9, 70, True), case.item(9, 1, 79, False)]
+    ctx.attention(out[:, 1:5], joint[:, 2:6], n_kv_heads=2, **case.pages.where, layer=1, items=items, scale=case.scale)
+    assert np.array_equal(out[:9, 1:5], case.rows(ctx, 70, 9, True))
+    assert np.array_equal(out[9:, 1:5], case.rows(ctx, 79, 1, False))
+    assert (out[:, 0] == -1).all() and (out[:, 5] == -1).all()
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_pages_beyond_two_gib(ctx, rng, prompt, tmp_path):
+    d, layers, n_pages = 128, 40, 2050  # 1,310,720 bytes a page
+    pool = oracle.Pages(1, layers, 1, d, 64, "bfloat16")
+    data = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=n_pages * pool.page_bytes)
+    table = np.array([n_pages - 1, 5], np.int32)
+    k, v = (oracle.encode(rng.standard_normal((70, 1, d)), "bfloat16") for _ in range(2))
+    for t in range(70):
+        page = data[int(table[t // 64]) * pool.page_bytes :][: pool.used].view(np.uint16).reshape(pool.shape)
+        page[-1, 0, :, t % 64], page[-1, 1, :, t % 64] = k[t], v[t]
+    q = rng.standard_normal((1, 2, d)).astype(np.float32)
+    out = np.empty_like(q)
+    ctx.attention(out, q, data, "bfloat16", 64, layers, 1, layers - 1, [(table, 0, 1, 69, prompt)], 0.1)
+    expected, bound = oracle.attention(q, oracle.decode(k, "bfloat16"), oracle.decode(v, "bfloat16"), 69, 0.1)
+    oracle.assert_close(out, expected, BOUND * bound)
+
+
+def test_refusals(ctx, rng):
+    case = Case(rng, 20, 3, 1)
+    out = np.empty_like(case.q)
+    with pytest.raises(ValueError, match="n_kv_heads is 2, expected a divisor of the heads of q"):
+        ctx.attention(out, case.q, n_kv_heads=2, **case.pages.where, layer=0, items=[], scale=1.0)
+    with pytest.raises(ValueError, match="axis 0 of out is 19, expected 20"):
+        ctx.attention(out[:19], case.q, n_kv_heads=1, **case.pages.where, layer=0, items=[], scale=1.0)
+    with pytest.raises(ValueError, match="window is -1"):
+        ctx.attention(out, case.q, n_kv_heads=1, **case.pages.where, layer=0, items=[], scale=1.0, window=-1)
+
+
+def test_one_context_refuses_two_threads_at_once(isa, rng):
+    """Either both calls run one after the other, or one is refused; never a crash or a wrong result."""
+    import threading
+
+    from llmcoopt import _core
+
+    case, shared, refused = Case(rng, 600), _core.OpContext(isa=isa, threads=2), []
+    right = case.rows(_core.OpContext(isa=isa), 0, 600, True)
+
+    def work():
+        try:
+            assert np.array_equal(case.rows(shared, 0, 600, True), right)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("at work in another thread" in text for text in refused)
