@@ -26,10 +26,7 @@ static void tiles_begin(void)
     FENCE();
 }
 
-static void tiles_end(void)
-{
-    _tile_release();
-}
+static void tiles_end(void) { _tile_release(); }
 
 #define SUMS_AT(panel, half) (sums + (((panel) * ITEM_ROWS) + (half) * TILE) * VL)
 

@@ -2,7 +2,4 @@
 #include "../impl.h"
 #include "../simd/linear_f32.h"
 
-lco_status lco_avx512_linear(const lco_linear_args *a)
-{
-    return linear_f32(a);
-}
+lco_status lco_avx512_linear(const lco_linear_args *a) { return linear_f32(a); }

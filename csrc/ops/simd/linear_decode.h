@@ -24,7 +24,7 @@
 
 typedef struct {
     const lco_linear_args *args;
-    int64_t run; /* weight rows an item covers */
+    int64_t run;                         /* weight rows an item covers */
     int64_t first[LCO_LINEAR_PARTS + 1]; /* first item of each part, and the end */
 } decode_job;
 
@@ -54,8 +54,8 @@ ALWAYS_INLINE const char *place_ahead(const char *row, int64_t at, const decode_
 }
 
 /* out[j, r] for `streams` weight rows from w_row on and `rows` rows of x from x_row on. */
-ALWAYS_INLINE void decode_tile(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, const decode_path *path, int64_t w_row,
-                               int64_t x_row, const int streams, const int rows)
+ALWAYS_INLINE void decode_tile(const lco_linear_args *a, const lco_linear_part *part, lco_dtype dtype, const decode_path *path,
+                               int64_t w_row, int64_t x_row, const int streams, const int rows)
 {
     const int64_t k = a->k, size = (int64_t)lco_dtype_bytes(dtype), row_bytes = k * size, line = 64 / size;
     const char *w = (const char *)part->w + w_row * row_bytes;

@@ -18,9 +18,11 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 #define ITEM_ROWS 64
-#define BLOCK_UNITS 128                 /* units of k at a time: three panels of x stay in L1 */
-#define ROW_UNITS (BLOCK_UNITS + VL)    /* the distance keeps rows off the same cache sets */
-#define MAX_PROMPT_ROWS 1024            /* rows of x packed at a time */
+#define BLOCK_UNITS 128              /* units of k at a time: three panels of x stay in L1 */
+#define ROW_UNITS (BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */
+#define FEW_PANELS 2                 /* up to so many, reading weights takes most of the time: items of VL rows read them nearly in order */
+#define NEAR_ITEM ((int64_t)32 << 10) /* items of up to so many bytes prefetch the next item, larger ones their next block */
+#define MAX_PROMPT_ROWS 1024          /* rows of x packed at a time */
 
 /* One block of k of one item, and the weights that are copied after it. */
 typedef struct {
@@ -68,10 +70,7 @@ static int64_t block_units(const prompt_job *job, int64_t block)
     return left < BLOCK_UNITS ? left : BLOCK_UNITS;
 }
 
-static uint32_t *packed_block(const prompt_job *job, int64_t block)
-{
-    return job->x + block * BLOCK_UNITS * job->panels * VL;
-}
+static uint32_t *packed_block(const prompt_job *job, int64_t block) { return job->x + block * BLOCK_UNITS * job->panels * VL; }
 
 static void pack_task(void *ctx, int64_t begin, int64_t end, int thread)
 {
@@ -81,8 +80,8 @@ static void pack_task(void *ctx, int64_t begin, int64_t end, int thread)
     for (int64_t item = begin; item < end; item++) {
         int64_t panel = item / job->blocks, block = item % job->blocks, n_units = block_units(job, block);
         int64_t k0 = block * BLOCK_UNITS * job->kernel->per_unit, row = panel * VL, rows = job->rows - row < VL ? job->rows - row : VL;
-        job->kernel->pack_x(packed_block(job, block) + panel * n_units * VL, a->x + (job->row0 + row) * a->ld_x + k0, a->ld_x, rows, a->k - k0,
-                            n_units);
+        job->kernel->pack_x(packed_block(job, block) + panel * n_units * VL, a->x + (job->row0 + row) * a->ld_x + k0, a->ld_x, rows,
+                            a->k - k0, n_units);
     }
 }
 
@@ -120,6 +119,7 @@ static void prompt_item(const prompt_job *job, int64_t item, uint32_t *w, float 
     const int64_t rows = part->n - n0 < job->item_rows ? part->n - n0 : job->item_rows;
     const int64_t padded = (rows + kernel->row_step - 1) / kernel->row_step * kernel->row_step;
     const int64_t size = (int64_t)lco_dtype_bytes(part->dtype), row_bytes = a->k * size, block_k = BLOCK_UNITS * kernel->per_unit;
+    const int64_t item_bytes = rows * row_bytes;
     const char *base = (const char *)part->w + n0 * row_bytes;
     memset(w + rows * ROW_UNITS, 0, (size_t)((padded - rows) * ROW_UNITS) * sizeof *w);
     for (int64_t i = 0; i < job->blocks; i++) {
@@ -127,9 +127,10 @@ static void prompt_item(const prompt_job *job, int64_t item, uint32_t *w, float 
         for (int64_t j = 0; j < rows; j++)
             kernel->copy_w(w + j * ROW_UNITS, base + j * row_bytes + k0 * size, part->dtype, a->k - k0, n_units);
         prompt_block block = {.x_rows = job->rows, .rows = padded, .n_units = n_units, .first = i == 0, .row_bytes = row_bytes};
-        const int64_t next_k = i + 1 < job->blocks ? a->k - k0 - block_k : a->k;
-        block.next = i + 1 < job->blocks ? base + (k0 + block_k) * size : base + rows * row_bytes;
-        block.next_lines = ((next_k < block_k ? next_k : block_k) * size / 64 * VL + n_units - 1) / n_units;
+        const int64_t next = item_bytes <= NEAR_ITEM ? i : i + 1 < job->blocks ? i + 1 : 0; /* whose place is prefetched */
+        const int64_t next_k = a->k - next * block_k < block_k ? a->k - next * block_k : block_k;
+        block.next = base + next * block_k * size + (next > i ? 0 : item_bytes);
+        block.next_lines = (next_k * size / 64 * VL + n_units - 1) / n_units;
         kernel->multiply(sums, packed_block(job, i), w, &block);
     }
     finish_item(job, part, n0, rows, sums);
@@ -179,9 +180,8 @@ static lco_status linear_prompt(const lco_linear_args *a, const prompt_kernel *k
     int64_t n = 0;
     for (int p = 0; p < a->n_parts; p++)
         n += a->part[p].n;
-    const int64_t share = n / (16 * lco_pool_size(a->exec->pool)) + 1;
-    job.item_rows = (share + kernel->row_step - 1) / kernel->row_step * kernel->row_step;
-    job.item_rows = job.item_rows < ITEM_ROWS ? job.item_rows : ITEM_ROWS;
+    const int64_t share = n / (16 * lco_pool_size(a->exec->pool)) + 1, largest = a->m_prompt <= FEW_PANELS * VL ? VL : ITEM_ROWS;
+    job.item_rows = ((share < largest ? share : largest) + kernel->row_step - 1) / kernel->row_step * kernel->row_step;
     for (int p = 0; p < a->n_parts; p++)
         job.first[p + 1] = job.first[p] + (a->part[p].n + job.item_rows - 1) / job.item_rows;
     const int64_t passes = (a->m_prompt + MAX_PROMPT_ROWS - 1) / MAX_PROMPT_ROWS;

@@ -63,7 +63,8 @@ ALWAYS_INLINE void many_products(float *sums, const float *x, const float *w, co
     }
 }
 
-ALWAYS_INLINE void few_products(float *sums, const float *x, const float *w, const prompt_block *block, const int x_rows, unit_dot_fn unit_dot)
+ALWAYS_INLINE void few_products(float *sums, const float *x, const float *w, const prompt_block *block, const int x_rows,
+                                unit_dot_fn unit_dot)
 {
     for (int64_t row = 0; row < block->rows; row += VL) {
         vf sum[VL];
