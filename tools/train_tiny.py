@@ -268,8 +268,10 @@ def autocast(device):
 def log_probs(models, ids, device, forward=Llama.__call__):
     """Log of the mean of the models' probabilities."""
     with autocast(device):
-        each = [forward(model, ids).float().log_softmax(-1) for model in models]
-    return torch.stack(each).logsumexp(0) - math.log(len(each)) if len(each) > 1 else each[0]
+        if len(models) == 1:
+            return forward(models[0], ids).float().log_softmax(-1)
+        mean = sum(forward(model, ids).float().softmax(-1) for model in models) / len(models)
+    return mean.clamp_(min=1e-9).log_()
 
 
 def losses(logits, target, wanted, share):
@@ -320,8 +322,8 @@ class Trainer:
         opt.step()
         return text_loss.detach()
 
-    def fit(self, name, shape, seed, dropout, weight_decay, lr, epochs, minutes, teachers=()):
-        """Train for `epochs` passes or `minutes` from the second step on; return the averaged weights at their best."""
+    def fit(self, name, shape, seed, dropout, weight_decay, lr, epochs, deadline, teachers=(), keep=lambda model: None):
+        """Train for `epochs` passes or until `deadline`; return the averaged weights at their best. `keep` is called at each new best."""
         torch.manual_seed(seed)
         model = Llama(shape, dropout).to(self.device)
         opt, average, batch = optimizer(model, lr, weight_decay), copy.deepcopy(model).eval(), self.args.batch
@@ -333,23 +335,24 @@ class Trainer:
             print(f"{name}: {time.time() - begun:5.0f} s  step {step}  train {text_loss.item():.4f}  valid {now:.4f}", flush=True)
             if now < best_loss:
                 best_loss, best = now, copy.deepcopy(average.state_dict())
+                keep(average)
             return now
 
         for rows in self.passes(epochs, seed):
-            steps = max(1, len(rows) // batch)
+            rows, steps = rows.to(self.device), max(1, len(rows) // batch)
             for at in range(steps):
-                done = max(step / (epochs * steps), (time.time() - begun) / (60 * minutes))
+                done = max(step / (epochs * steps), (time.time() - begun) / max(deadline - begun, 1e-3) if step else 0)
                 if done >= 1:
                     break
                 for group in opt.param_groups:
                     group["lr"] = lr * min((step + 1) / 100, 1 - done)
                 model.train()
-                text_loss = self.step(model, opt, rows[at * batch : (at + 1) * batch].to(self.device), teachers)
+                text_loss = self.step(model, opt, rows[at * batch : (at + 1) * batch], teachers)
                 step += 1
                 with torch.no_grad():
                     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), max(1 / step, 0.003))
                 if step == 1:
-                    begun = time.time()  # what came before is mostly compilation
+                    begun = time.time()  # what came before is set-up and compilation
                 if step % self.args.eval_every == 0 and look() > best_loss + 0.08:
                     done = 1  # it overfits and will not come back
             if done >= 1:
@@ -428,21 +431,24 @@ def arguments():
     parser.add_argument("--prose-share", type=float, default=0.3, help="bytes of prose a pass, as a share of the stories' (%(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--minutes", type=float, default=4.0, help="time limit of the training, compilation aside (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="time limit of the training, all together (%(default)s)")
     parser.add_argument("--epochs", type=int, default=100, help="passes over the text at most (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="(%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="(%(default)s; without teachers 0.1 is better)")
-    parser.add_argument("--weight-decay", type=float, default=0.5, help="(%(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=1.0, help="(%(default)s)")
     parser.add_argument("--teachers", type=int, default=4, help="models to distil from; 0: learn from the text alone (%(default)s)")
     parser.add_argument("--teacher-hidden", type=int, default=512, help="width of a teacher (%(default)s)")
+    parser.add_argument("--teacher-layers", type=int, default=6, help="depth of a teacher (%(default)s)")
+    parser.add_argument("--teacher-share", type=float, default=0.5, help="share of the time for all teachers together (%(default)s)")
     parser.add_argument("--teacher-epochs", type=int, default=24, help="passes of each teacher at most (%(default)s)")
     parser.add_argument("--teacher-lr", type=float, default=2e-3, help="(%(default)s)")
     parser.add_argument("--teacher-dropout", type=float, default=0.1, help="(%(default)s)")
     parser.add_argument("--teacher-weight-decay", type=float, default=1.0, help="(%(default)s)")
-    parser.add_argument("--distill", type=float, default=0.7, help="weight of the teachers against the text (%(default)s)")
+    parser.add_argument("--distill", type=float, default=0.8, help="weight of the teachers against the text (%(default)s)")
     parser.add_argument("--bpe-dropout", type=float, default=0.02, help="share of merges left out in training text (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, help=f"rows of {CONTEXT} tokens a step (%(default)s)")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between two looks at the held-out loss (%(default)s)")
+    parser.add_argument("--samples", type=int, default=3, help="stories to print at the end (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="use torch.compile: about twice as fast, after a minute")
@@ -460,22 +466,23 @@ def main():
         raise SystemExit("too few stories: each of the splits train, valid and test needs at least one")
     tok = tokenizers.Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else train_tokenizer(splits["train"])
 
-    trainer, teachers, spent = Trainer(args, tok, splits, prose), [], 0.0
-    wide = Shape(hidden=args.teacher_hidden, layers=6, ffn=3 * args.teacher_hidden)
+    trainer, teachers = Trainer(args, tok, splits, prose), []
+    wide = Shape(hidden=args.teacher_hidden, layers=args.teacher_layers, ffn=3 * args.teacher_hidden)
     options = {
         "dropout": args.teacher_dropout,
         "weight_decay": args.teacher_weight_decay,
         "lr": args.teacher_lr,
         "epochs": args.teacher_epochs,
     }
+    teachers_end = begun + 60 * args.minutes * args.teacher_share
     for number in range(1, args.teachers + 1):
-        minutes = 0.5 * args.minutes / args.teachers
-        teachers.append(trainer.fit(f"teacher {number}", wide, args.seed + number, minutes=minutes, **options))
-        spent += minutes
+        deadline = time.time() + (teachers_end - time.time()) / (args.teachers + 1 - number)
+        teachers.append(trainer.fit(f"teacher {number}", wide, args.seed + number, deadline=deadline, **options))
     if teachers:
         print(f"teachers together: valid {trainer.held_out(teachers):.4f}")
-    options = {"dropout": args.dropout, "weight_decay": args.weight_decay, "lr": args.lr, "epochs": args.epochs}
-    model = trainer.fit("tiny", Shape(), args.seed, minutes=args.minutes - spent, teachers=teachers, **options)
+    options = {"dropout": args.dropout, "weight_decay": args.weight_decay, "lr": args.lr, "epochs": args.epochs, "teachers": teachers}
+    deadline = begun + 60 * args.minutes
+    model = trainer.fit("tiny", Shape(), args.seed, deadline=deadline, keep=lambda best: save(best, tok, args.out), **options)
 
     model = model.bfloat16().float().eval()  # the losses and samples below are of the weights as they are saved
     save(model, tok, args.out)
@@ -484,7 +491,7 @@ def main():
         stories = splits[name][:400]
         token, byte = evaluate(lambda x: model(x).float().log_softmax(-1), tok, stories, args.device)
         print(f"{name}: {token:.4f} nats a token, {byte:.4f} nats a byte ({len(stories)} stories)")
-    for seed in range(3):
+    for seed in range(args.samples):
         print(f"--- sample {seed}\n{sample(model, tok, 'Once upon a time', 0.7, 0.95, 400, args.device, seed)}")
 
 

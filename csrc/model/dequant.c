@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "../ops/ref/convert.h"
+#include "../base/convert.h"
 
 #define LARGEST_BLOCK 256
 

@@ -4,10 +4,10 @@ BPE runs on words: where no piece joins a non-space to a following space mark, n
 their ids are kept in a table. That makes Python fast enough without changing any result."""
 
 import heapq
+import math
 import re
+import struct
 from collections.abc import Sequence
-
-import numpy as np
 
 from .normalizer import SPACE, alternation
 from .spm_file import BYTE, NORMAL, UNUSED, USER_DEFINED
@@ -120,44 +120,46 @@ class BpeSegmenter(_Vocabulary):
 
 
 class UnigramSegmenter(_Vocabulary):
-    """The path of pieces with the greatest sum of scores, in single precision and with SentencePiece's order among equals."""
+    """The path of pieces with the greatest sum of scores. The arithmetic is SentencePiece's, so that near-ties come out the same: a sum is
+    made in double precision, compared with the best so far, and kept in single precision."""
 
     UNKNOWN_PENALTY = 10.0
 
     def __init__(self, pieces, scores, types, unk_id, byte_fallback):
         super().__init__(pieces, scores, types, unk_id, byte_fallback)
         normal = [scores[i] for i in range(len(pieces)) if types[i] == NORMAL] or [0.0]
-        self.unknown_score = np.float32(np.float32(min(normal)) - np.float32(self.UNKNOWN_PENALTY))
-        best = max(0.0, max(normal))  # so that a user-defined piece, next to free, beats every other way
-        self.usable = {}
-        for piece, i in self.ids.items():
-            if types[i] == UNUSED:
-                continue
-            fixed = types[i] == USER_DEFINED
-            self.usable[piece] = (i, np.float32(len(piece.encode("utf-8")) * best - 0.1) if fixed else np.float32(scores[i]))
+        self.unknown_score = _single(min(normal) - self.UNKNOWN_PENALTY)
+        best = max(0.0, max(normal))  # at least 0, so that a user-defined piece is next to free
+        self.usable = {
+            piece: (i, len(piece.encode("utf-8")) * best - 0.1 if types[i] == USER_DEFINED else scores[i])
+            for piece, i in self.ids.items()
+            if types[i] != UNUSED
+        }
         self.prefixes = {piece[:n] for piece in self.usable for n in range(1, len(piece) + 1)}
 
     def __call__(self, text: str) -> list[int]:
         size = len(text)
-        best: list = [None] * (size + 1)  # score of the best path that ends here
+        best: list = [-math.inf] * (size + 1)  # score of the best path that ends here
         via: list = [None] * (size + 1)  # its last piece: (id or None for unknown, where it begins)
-        best[0] = np.float32(0)
+        best[0] = 0.0
         for start in range(size):
-            here, single = best[start], False
-            end = start + 1
+            here, single, end = best[start], False, start + 1
             while end <= size and (key := text[start:end]) in self.prefixes:
                 found = self.usable.get(key)
                 if found:
                     score = here + found[1]
-                    if best[end] is None or score > best[end]:
-                        best[end], via[end] = score, (found[0], start)
+                    if score > best[end] or via[end] is None:
+                        best[end], via[end] = _single(score), (found[0], start)
                     single = single or end == start + 1
                 end += 1
             if not single:
-                score = here + self.unknown_score
-                if best[start + 1] is None or score > best[start + 1]:
+                score = _single(here + self.unknown_score)
+                if score > best[start + 1] or via[start + 1] is None:
                     best[start + 1], via[start + 1] = score, (None, start)
-        path, at = [], size
+        return self._ids_of_path(text, via)
+
+    def _ids_of_path(self, text, via):
+        path, at = [], len(text)
         while at:
             path.append((via[at][0], text[via[at][1] : at]))
             at = via[at][1]
@@ -168,3 +170,11 @@ class UnigramSegmenter(_Vocabulary):
             else:
                 out.append(found)
         return out
+
+
+_SINGLE = struct.Struct("f")
+
+
+def _single(value: float) -> float:
+    """The nearest single-precision number."""
+    return _SINGLE.unpack(_SINGLE.pack(value))[0]

@@ -113,7 +113,7 @@ KEYS += (
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     family=st.sampled_from(sorted(checkpoints.ARCHITECTURES)),
     changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3),

@@ -96,6 +96,14 @@ def test_every_truncation_is_an_error(tmp_path):
     read(tmp_path, raw[: len(raw) - padding])
 
 
+@pytest.mark.parametrize("value", [("string", "abc"), ("[string]", ["a", "bcd"]), ("[u16]", [1, 2]), ("f64", 1.0)], ids=str)
+def test_truncation_of_the_last_value(tmp_path, value):
+    """Without tensors nothing follows that would fail instead."""
+    raw = raw_gguf({"k": value}, {}, alignment=1)
+    read(tmp_path, raw)
+    refused(tmp_path, raw[:-1], "metadata 'k'")
+
+
 def test_truncation_names_the_tensor(tmp_path):
     raw = raw_gguf({}, TENSORS)
     refused(tmp_path, raw[:-64], "truncated", "tensor 'three'", "64 bytes")

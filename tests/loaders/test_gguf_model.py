@@ -117,7 +117,7 @@ def test_the_q8_fixture(data):
     checkpoint = load(folder / "tiny_llama_q8.gguf", dtype="float32")
     assert checkpoint.tensors.keys() == weights.keys() and checkpoint.config.tied_head
     for name, tensor in checkpoint.tensors.items():
-        # 8-bit codes: at most half a step of largest / 127 off, plus the float16 scale's rounding. Seen: 0.504 steps.
+        # 8-bit codes: at most half a step of largest / 127 off, plus the float16 scale's rounding. Seen: 0.507 steps.
         step = np.abs(weights[name]).max() / 127 if tensor.shape[-1] == 32 and len(tensor.shape) == 2 else 0
         assert np.abs(tensor.numpy() - weights[name]).max() <= 0.56 * step, name
 

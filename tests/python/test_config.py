@@ -240,6 +240,7 @@ ROPE_CASES = [
     {"rope_scaling": {"type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7, "original_max_position_embeddings": 16}},
     {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.9, "beta_fast": 8, "beta_slow": 2, "truncate": False}},
     {"rope_scaling": {"type": "yarn", "factor": 0.5, "mscale": 0.7}},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0, "beta_slow": 0}},
     {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 32}},
     {"rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 32},
     {"rope_scaling": {"type": "llama3", **SCALED["llama3"], "original_max_position_embeddings": 2048}, "head_dim": 32},

@@ -1,7 +1,7 @@
 #include <math.h>
 
 #include "../impl.h"
-#include "convert.h"
+#include "../../base/convert.h"
 
 typedef struct {
     const lco_attention_args *args;

@@ -1,5 +1,5 @@
 #include "../impl.h"
-#include "convert.h"
+#include "../../base/convert.h"
 
 typedef struct {
     const lco_linear_args *args;

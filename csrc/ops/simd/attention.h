@@ -15,7 +15,11 @@
 #define MAX_SPLITS 16
 #define MIN_SPLIT 512 /* positions */
 
-enum { UNITS_PER_THREAD = 8, PROMPT_ROWS = 96 };
+enum {
+    UNITS_PER_THREAD = 8,
+    PROMPT_ROWS = 96,        /* query rows of a unit: they share the converted keys and values */
+    SERIAL_PRODUCTS = 50000, /* done by one thread sooner than another wakes up */
+};
 
 typedef struct {
     const lco_item *item;
@@ -36,8 +40,8 @@ typedef struct {
     unit *units;
     merge_item *merges;
     int64_t n_units, n_merges, group, d_pad, part_stride;
-    float *scratch; /* [threads, scratch_stride] */
-    int64_t scratch_stride;
+    float *scratch;                /* [threads, scratch_stride] */
+    int64_t scratch_stride, pairs; /* of a query row and a position, at most */
 } attention_job;
 
 /* e^a for one number, the same bits as in a vector. */
@@ -96,7 +100,7 @@ static void merge_heads(void *ctx, int64_t begin, int64_t end, int thread)
             vf sum = v_zero();
             for (int64_t s = 0; s < merge->n_splits; s++)
                 sum = v_fma(v_set(weight[s]), v_load(merge->parts + s * job->part_stride + head * job->d_pad + j), sum);
-            v_store_n(out + j, v_div(sum, v_set(total)), d - j < VL ? d - j : VL);
+            v_store_part(out + j, v_div(sum, v_set(total)), d - j);
         }
     }
 }
@@ -157,6 +161,7 @@ static lco_status plan_units(attention_job *job)
     const int64_t n_kv = a->kv->n_kv_heads;
     int64_t prompt_units = 0, splits = 0, decode_items = 0;
     for (int64_t i = 0; i < a->n_items; i++) {
+        job->pairs += a->items[i].len * (a->items[i].pos + a->items[i].len - first_seen(a, a->items[i].pos));
         if (a->items[i].prompt) {
             prompt_units += (a->items[i].len + prompt_tokens(job) - 1) / prompt_tokens(job) * n_kv;
         } else {
@@ -196,8 +201,9 @@ static lco_status attention(const lco_attention_args *args)
     attention_job job = {.args = args, .group = args->n_heads / args->kv->n_kv_heads, .d_pad = round_up(args->kv->head_dim, VL)};
     lco_status status = plan_units(&job);
     if (status == LCO_OK) {
-        lco_pool_for(args->exec->pool, job.n_units, 1, run_units, &job);
-        lco_pool_for(args->exec->pool, job.n_merges * args->n_heads, 8, merge_heads, &job);
+        const bool serial = job.pairs * args->n_heads * args->kv->head_dim < SERIAL_PRODUCTS;
+        lco_pool_for(args->exec->pool, job.n_units, serial ? job.n_units : 1, run_units, &job);
+        lco_pool_for(args->exec->pool, job.n_merges * args->n_heads, 16, merge_heads, &job);
     }
     lco_arena_reset(args->exec->scratch, mark);
     return status;

@@ -58,11 +58,6 @@ static void load_queries(const attention_job *job, const unit *u, const prompt_b
     }
 }
 
-INLINE vf load_codes(const uint8_t *row, int64_t i, int64_t d, lco_dtype dtype)
-{
-    return i + VL <= d ? v_load_as(row, i, dtype) : v_load_as_n(row, i, d - i, dtype);
-}
-
 /* Positions [skip, n) of a run of codes into the float copies, from column and row `at` on. Columns are written in whole vectors. */
 INLINE void convert(const prompt_block *b, lco_dtype dtype, const uint8_t *keys, const uint8_t *values, int64_t at, int64_t skip, int64_t n)
 {
@@ -71,7 +66,7 @@ INLINE void convert(const prompt_block *b, lco_dtype dtype, const uint8_t *keys,
         for (int64_t i = 0; i < b->d; i += VL) {
             vf square[VL];
             for (int64_t j = 0; j < VL; j++)
-                square[j] = t + j >= skip && t + j < n ? load_codes(keys + (size_t)(t + j) * row, i, b->d, dtype) : v_zero();
+                square[j] = t + j >= skip && t + j < n ? v_load_as_part(keys + (size_t)(t + j) * row, i, b->d - i, dtype) : v_zero();
             v_transpose(square);
             for (int64_t j = 0; j < VL; j++)
                 v_store(b->keys + (i + j) * BLOCK + at + t, square[j]);
@@ -79,7 +74,7 @@ INLINE void convert(const prompt_block *b, lco_dtype dtype, const uint8_t *keys,
     }
     for (int64_t t = skip; t < n; t++)
         for (int64_t i = 0; i < b->d; i += VL)
-            v_store(b->values + (at + t) * b->d_pad + i, load_codes(values + (size_t)t * row, i, b->d, dtype));
+            v_store(b->values + (at + t) * b->d_pad + i, v_load_as_part(values + (size_t)t * row, i, b->d - i, dtype));
 }
 
 /* Positions [first, end) of the block that begins at `begin`, from one or more pages. Whole vectors of columns never cross a page. */
@@ -234,7 +229,7 @@ static void store_rows(const attention_job *job, const unit *u, const prompt_blo
     for (int64_t r = 0; r < b->rows; r++) {
         float *out = a->out + (u->item->row + u->first + r / job->group) * a->ld_out + (u->head * job->group + r % job->group) * b->d;
         for (int64_t i = 0; i < b->d; i += VL)
-            v_store_n(out + i, v_div(v_load(b->sums + r * b->d_pad + i), v_set(b->total[r])), b->d - i < VL ? b->d - i : VL);
+            v_store_part(out + i, v_div(v_load(b->sums + r * b->d_pad + i), v_set(b->total[r])), b->d - i);
     }
 }
 

@@ -21,7 +21,7 @@
 #define BLOCK_UNITS 128              /* units of k at a time: three panels of x stay in L1 */
 #define ROW_UNITS (BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */
 #define FEW_PANELS 2                 /* up to so many, reading weights takes most of the time: items of VL rows read them nearly in order */
-#define NEAR_ITEM ((int64_t)32 << 10) /* items of up to so many bytes prefetch the next item, larger ones their next block */
+#define NEAR_ITEM ((int64_t)128 << 10)/* items of up to so many bytes prefetch the next item, larger ones their next block */
 #define MAX_PROMPT_ROWS 1024          /* rows of x packed at a time */
 
 /* One block of k of one item, and the weights that are copied after it. */

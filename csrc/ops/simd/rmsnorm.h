@@ -15,7 +15,7 @@ static float sum_of_squares(const float *x, int64_t k)
         }
     }
     for (; j < k; j += VL) {
-        vf a = v_load_n(x + j, k - j < VL ? k - j : VL);
+        vf a = v_load_part(x + j, k - j);
         s[0] = v_fma(a, a, s[0]);
     }
     return v_sum(v_add(v_add(s[0], s[1]), v_add(s[2], s[3])));
@@ -29,11 +29,10 @@ static void rmsnorm_rows(void *ctx, int64_t begin, int64_t end, int thread)
         const float *x = a->x + i * a->ld_x;
         float *out = a->out + i * a->ld_out;
         vf scale = v_set(1.0f / sqrtf(sum_of_squares(x, a->k) / (float)a->k + a->eps));
-        int64_t j = 0;
-        for (; j + VL <= a->k; j += VL)
-            v_store(out + j, v_mul(v_mul(v_load(x + j), scale), v_load(a->weight + j)));
-        if (j < a->k)
-            v_store_n(out + j, v_mul(v_mul(v_load_n(x + j, a->k - j), scale), v_load_n(a->weight + j, a->k - j)), a->k - j);
+        for (int64_t j = 0; j < a->k; j += VL) {
+            vf scaled = v_mul(v_load_part(x + j, a->k - j), scale);
+            v_store_part(out + j, v_mul(scaled, v_load_part(a->weight + j, a->k - j)), a->k - j);
+        }
     }
 }
 

@@ -3,39 +3,21 @@
 #include "../impl.h"
 #include "vec.h"
 
-static inline vf load(const float *x, int64_t n) { return n == VL ? v_load(x) : v_load_n(x, n); }
-
-static inline void store(float *x, vf a, int64_t n)
-{
-    if (n == VL)
-        v_store(x, a);
-    else
-        v_store_n(x, a, n);
-}
-
-static inline void rotate_pairs(float *x, const float *cos, const float *sin, int64_t half, int64_t n)
-{
-    vf a = load(x, n), b = load(x + half, n), c = load(cos, n), s = load(sin, n);
-    store(x, v_sub(v_mul(a, c), v_mul(b, s)), n);
-    store(x + half, v_add(v_mul(b, c), v_mul(a, s)), n);
-}
-
 static inline void rotate(float *x, const float *cos, const float *sin, int64_t half)
 {
-    int64_t i = 0;
-    for (; i + VL <= half; i += VL)
-        rotate_pairs(x + i, cos + i, sin + i, half, VL);
-    if (i < half)
-        rotate_pairs(x + i, cos + i, sin + i, half, half - i);
+    for (int64_t i = 0; i < half; i += VL) {
+        const int64_t left = half - i;
+        vf a = v_load_part(x + i, left), b = v_load_part(x + half + i, left), c = v_load_part(cos + i, left),
+           s = v_load_part(sin + i, left);
+        v_store_part(x + i, v_sub(v_mul(a, c), v_mul(b, s)), left);
+        v_store_part(x + half + i, v_add(v_mul(b, c), v_mul(a, s)), left);
+    }
 }
 
 static inline void store_codes(uint8_t *row, const float *x, int64_t d, lco_dtype dtype)
 {
-    int64_t j = 0;
-    for (; j + VL <= d; j += VL)
-        v_store_as(row, j, v_load(x + j), dtype);
-    if (j < d)
-        v_store_as_n(row, j, v_load_n(x + j, d - j), d - j, dtype);
+    for (int64_t j = 0; j < d; j += VL)
+        v_store_as_part(row, j, v_load_part(x + j, d - j), d - j, dtype);
 }
 
 static void rope_token(const lco_rope_append_args *a, int64_t row, int64_t page, int64_t slot)

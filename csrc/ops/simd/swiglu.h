@@ -11,10 +11,8 @@ static void swiglu_blocks(void *ctx, int64_t begin, int64_t end, int thread)
     (void)thread;
     const lco_swiglu_args *a = ctx;
     int64_t i = begin * SWIGLU_BLOCK, last = end * SWIGLU_BLOCK < a->m * a->n ? end * SWIGLU_BLOCK : a->m * a->n;
-    for (; i + VL <= last; i += VL)
-        v_store(a->out + i, silu_times(v_load(a->gate + i), v_load(a->up + i)));
-    if (i < last)
-        v_store_n(a->out + i, silu_times(v_load_n(a->gate + i, last - i), v_load_n(a->up + i, last - i)), last - i);
+    for (; i < last; i += VL)
+        v_store_part(a->out + i, silu_times(v_load_part(a->gate + i, last - i), v_load_part(a->up + i, last - i)), last - i);
 }
 
 static lco_status swiglu(const lco_swiglu_args *args)

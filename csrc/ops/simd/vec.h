@@ -221,6 +221,22 @@ static inline void v_transpose(vf r[VL])
 }
 #endif
 
+/* `_part` forms walk along a row: a whole vector, or the `left` elements that remain of it. */
+static inline vf v_load_part(const float *p, int64_t left) { return left >= VL ? v_load(p) : v_load_n(p, left); }
+
+static inline void v_store_part(float *p, vf a, int64_t left)
+{
+    if (left >= VL)
+        v_store(p, a);
+    else
+        v_store_n(p, a, left);
+}
+
+static inline vf v_load_as_part(const void *row, int64_t i, int64_t left, lco_dtype dtype)
+{
+    return left >= VL ? v_load_as(row, i, dtype) : v_load_as_n(row, i, left, dtype);
+}
+
 /* VL floats into a cache row, rounded to its type. */
 static inline void v_store_as(void *row, int64_t i, vf a, lco_dtype dtype)
 {
@@ -232,12 +248,14 @@ static inline void v_store_as(void *row, int64_t i, vf a, lco_dtype dtype)
     memcpy((uint16_t *)row + i, &half, sizeof half);
 }
 
-static inline void v_store_as_n(void *row, int64_t i, vf a, int64_t n, lco_dtype dtype)
+static inline void v_store_as_part(void *row, int64_t i, vf a, int64_t left, lco_dtype dtype)
 {
-    if (dtype == LCO_F32)
-        v_store_n((float *)row + i, a, n);
+    if (left >= VL)
+        v_store_as(row, i, a, dtype);
+    else if (dtype == LCO_F32)
+        v_store_n((float *)row + i, a, left);
     else
-        v_store_half_n((uint16_t *)row + i, dtype == LCO_BF16 ? v_to_bf16(a) : v_to_f16(a), n);
+        v_store_half_n((uint16_t *)row + i, dtype == LCO_BF16 ? v_to_bf16(a) : v_to_f16(a), left);
 }
 
 /* The sums of four vectors, each added in the same order. */

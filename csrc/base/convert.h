@@ -1,11 +1,11 @@
 /* Scalar conversions between float32 and the 16-bit types. One meaning with v_to_f16 and v_to_bf16 of simd/vec.h, bit for bit. */
-#ifndef LCO_OPS_REF_CONVERT_H
-#define LCO_OPS_REF_CONVERT_H
+#ifndef LCO_BASE_CONVERT_H
+#define LCO_BASE_CONVERT_H
 
 #include <stdint.h>
 #include <string.h>
 
-#include "../../base/formats.h"
+#include "formats.h"
 
 static inline uint32_t lco_float_bits(float a)
 {
