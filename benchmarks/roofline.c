@@ -122,7 +122,7 @@ TARGET("amx-tile,amx-bf16") static double tiles_bf16(const job *j, int thread, u
         config.row_bytes[i] = 64;
         config.rows[i] = 16;
     }
-    static const uint16_t ones[512];
+    static const uint16_t zeros[512];
     __asm__ volatile("" ::: "memory");
     _tile_loadconfig(&config);
     __asm__ volatile("" ::: "memory");
@@ -130,10 +130,10 @@ TARGET("amx-tile,amx-bf16") static double tiles_bf16(const job *j, int thread, u
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    _tile_loadd(4, ones, 64);
-    _tile_loadd(5, ones, 64);
-    _tile_loadd(6, ones, 64);
-    _tile_loadd(7, ones, 64);
+    _tile_loadd(4, zeros, 64);
+    _tile_loadd(5, zeros, 64);
+    _tile_loadd(6, zeros, 64);
+    _tile_loadd(7, zeros, 64);
     for (int64_t n = 0; n < j->rounds; n++) {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);

@@ -39,7 +39,9 @@ def library() -> ctypes.CDLL:
         sys.exit("roofline needs a C compiler: install one with 'apt-get install gcc' (Debian, Ubuntu) or set CC.")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "roofline.so")
-        subprocess.run([*command, "-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi", str(source), "-o", str(target)], check=True)
+        subprocess.run(
+            [*command, "-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi", str(source), "-o", str(target)], check=True
+        )
         lib = ctypes.CDLL(str(target))
     lib.roofline_read.restype = lib.roofline_flops.restype = ctypes.c_double
     lib.roofline_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long, ctypes.c_int]

@@ -123,6 +123,16 @@ class Sequence:
             return f"Sequence({error})"
 
 
+def of_model(item, kind: type, model, what: str):
+    """`item`, when it is a KVCache or Sequence (`kind`) of `model`; ArgumentError otherwise."""
+    if not isinstance(item, kind):
+        raise ArgumentError(f"{what}: expected a {kind.__name__}, found {type(item).__name__}")
+    owner = item if kind is KVCache else item.cache
+    if owner.model is not model:
+        raise ArgumentError(f"{what}: its cache belongs to another model, {owner.model!r}")
+    return item
+
+
 def _default_tokens(config, element_bytes: int) -> int:
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from . import _core
 from ._arrays import as_ids
-from .cache import KVCache, Sequence
+from .cache import KVCache, Sequence, of_model
 from .errors import ArgumentError
 from .streaming import TextStream
 
@@ -121,7 +121,7 @@ class Generation:
         self.finish_reason: str | None = None
         self._text: list[str] = []
         self._stream = TextStream(tokenizer, stop=stop_strings) if tokenizer is not None else None
-        self._sequence = sequence
+        self._given = sequence
         request = options.request(prompt, model, sequence)
         self.prompt = prompt.tolist()
         self.seed = request["seed"] if request["do_sample"] else None
@@ -129,6 +129,8 @@ class Generation:
         if self._own_cache:
             cache = KVCache(model, max_tokens=len(prompt) + max(1, request["max_new_tokens"]))
         self.cache = cache if sequence is None else sequence.cache
+        if sequence is None:  # held until close(), so that stats can tell what the cache held
+            request["sequence"] = self._core_sequence = self.cache._core.sequence()
         self._engine = _core.Engine(self.cache._core, max_batch=1)
         self._started, self._first, self._last = time.perf_counter(), None, None
         self._engine_stats: dict = {}
@@ -222,8 +224,10 @@ class Generation:
             self.finish_reason = "cancelled"
         self._engine_stats = {"engine": self._engine.stats(), "cache": self.cache.stats()}
         self._engine.close()
-        if self._sequence is not None:
-            self._sequence._extend(self.prompt + self.ids)
+        if self._given is not None:
+            self._given._extend(self.prompt + self.ids)
+        else:
+            self._core_sequence.free()
         if self._own_cache:
             self.cache.close()
 
@@ -260,8 +264,12 @@ def generate(model, ids, *, tokenizer=None, stop_strings=None, cache=None, seque
     stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
     if stop and tokenizer is None:
         raise ArgumentError("stop_strings need text: pass tokenizer=")
-    if sequence is not None and cache is not None and sequence.cache is not cache:
-        raise ArgumentError("sequence: it belongs to another cache than the one passed")
+    if cache is not None:
+        of_model(cache, KVCache, model, "cache")
+    if sequence is not None:
+        of_model(sequence, Sequence, model, "sequence")
+        if cache is not None and sequence.cache is not cache:
+            raise ArgumentError("sequence: it belongs to another cache than the one passed")
     return Generation(model, as_ids(ids, model.config.vocab_size), _options(options), cache, sequence, tokenizer, stop)
 
 
@@ -318,7 +326,9 @@ def generate_batch(
         for request in requests:  # one seeded row makes the whole batch sample
             request["do_sample"] = True
     own = cache is None
-    if own:
+    if not own:
+        of_model(cache, KVCache, model, "cache")
+    else:
         longest = sorted((len(r["prompt"]) + r["max_new_tokens"] for r in requests), reverse=True)[:max_batch]
         cache = KVCache(model, max_tokens=max(1, sum(-(-n // 64) * 64 for n in longest)))
     try:

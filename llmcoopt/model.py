@@ -7,7 +7,7 @@ import numpy as np
 
 from . import _core, loaders
 from ._arrays import as_ids, bytes_text, html_table
-from .cache import KVCache, Sequence
+from .cache import KVCache, Sequence, of_model
 from .errors import ArgumentError, UnsupportedError
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
@@ -89,6 +89,7 @@ class Model:
         if sequence is None:
             with KVCache(self, max_tokens=len(ids)) as cache:
                 return self.forward(ids, cache.sequence(), last_only)
+        sequence = of_model(sequence, Sequence, self, "sequence")
         start, n, vocab = len(sequence), len(ids), self.config.vocab_size
         if start + n > self.config.max_positions:
             raise ArgumentError(f"ids: {n} tokens after {start} held make {start + n}, the model's context is {self.config.max_positions}")

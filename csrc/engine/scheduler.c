@@ -20,7 +20,6 @@ static lco_status preempt_youngest(lco_engine *engine, lco_error *err)
     lco_status status = lco_seq_truncate(job->seq, job->base, err);
     if (status != LCO_OK)
         return status;
-    job->rows = 0;
     engine->n_running--;
     engine->stats.preemptions++;
     return LCO_OK;
@@ -71,8 +70,6 @@ static lco_status admit(lco_engine *engine, bool alone, bool *admitted, lco_erro
 lco_status lco_schedule(lco_engine *engine, lco_error *err)
 {
     int64_t budget = engine->chunk, able = 0; /* able: running and not failed */
-    for (int64_t i = 0; i < engine->n_running; i++)
-        engine->jobs[i]->rows = 0;
     for (int64_t i = 0; i < engine->n_running; i++) {
         lco_job *job = engine->jobs[i];
         int64_t rows = rows_wanted(job, budget);

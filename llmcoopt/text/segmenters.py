@@ -120,18 +120,18 @@ class BpeSegmenter(_Vocabulary):
 
 
 class UnigramSegmenter(_Vocabulary):
-    """The path of pieces with the greatest sum of scores. The arithmetic is SentencePiece's, so that near-ties come out the same: a sum is
-    made in double precision, compared with the best so far, and kept in single precision."""
+    """The path of pieces with the greatest sum of scores, summed in single precision and with SentencePiece's order among equals, so that
+    near-ties come out the same."""
 
     UNKNOWN_PENALTY = 10.0
+    FIXED_BONUS = 0.1  # score of a user-defined piece for each byte after the first; found by comparison with SentencePiece 0.2.3
 
     def __init__(self, pieces, scores, types, unk_id, byte_fallback):
         super().__init__(pieces, scores, types, unk_id, byte_fallback)
         normal = [scores[i] for i in range(len(pieces)) if types[i] == NORMAL] or [0.0]
         self.unknown_score = _single(min(normal) - self.UNKNOWN_PENALTY)
-        best = max(0.0, max(normal))  # at least 0, so that a user-defined piece is next to free
         self.usable = {
-            piece: (i, len(piece.encode("utf-8")) * best - 0.1 if types[i] == USER_DEFINED else scores[i])
+            piece: (i, _single((len(piece.encode("utf-8")) - 1) * self.FIXED_BONUS) if types[i] == USER_DEFINED else scores[i])
             for piece, i in self.ids.items()
             if types[i] != UNUSED
         }
@@ -147,9 +147,9 @@ class UnigramSegmenter(_Vocabulary):
             while end <= size and (key := text[start:end]) in self.prefixes:
                 found = self.usable.get(key)
                 if found:
-                    score = here + found[1]
+                    score = _single(here + found[1])
                     if score > best[end] or via[end] is None:
-                        best[end], via[end] = _single(score), (found[0], start)
+                        best[end], via[end] = score, (found[0], start)
                     single = single or end == start + 1
                 end += 1
             if not single:

@@ -289,6 +289,40 @@ static void two_sequences_in_four_pages(void)
     }
 }
 
+static lco_request simple(int32_t *prompt, int64_t n_prompt, int64_t max_new);
+
+/* Where rope depends on the length, a prompt has one length, its own, however it is cut; then each token has its own. */
+static void chunks_change_nothing_with_dynamic_rope(void)
+{
+    answer answers[3][1] = {0};
+    const int64_t chunks[] = {512, 7, 1};
+    for (int c = 0; c < 3; c++) {
+        rig r = {0};
+        int32_t prompt[MOST_PROMPT];
+        tiny_make(&r.weights);
+        r.weights.config.rope.kind = LCO_ROPE_DYNAMIC;
+        r.weights.config.rope.factor = 4.0;
+        r.weights.config.rope.original_max = 16;
+        CHECK_OK(tiny_model(&r.weights, 1, &r.model, &check_err));
+        CHECK_OK(tiny_cache(8, &r.kv, &check_err));
+        CHECK_OK(lco_engine_create(r.model, r.kv, &(lco_engine_options){.chunk = chunks[c]}, &r.engine, &check_err));
+        lco_request q = simple(prompt, 40, 30);
+        add(&r, &q);
+        while (!idle(&r)) {
+            lco_event event[64];
+            int64_t n;
+            CHECK_OK(lco_engine_step(r.engine, event, 64, &n, &check_err));
+            if (n == 1) {
+                answers[c]->logprobs[answers[c]->n] = event->logprob;
+                answers[c]->tokens[answers[c]->n++] = event->token;
+            }
+        }
+        rig_close(&r);
+        expect_same(answers[c], answers[0], 0, "dynamic rope, chunks");
+    }
+    CHECK(answers[0]->n == 30, "%d tokens", answers[0]->n);
+}
+
 static lco_request simple(int32_t *prompt, int64_t n_prompt, int64_t max_new)
 {
     for (int64_t i = 0; i < n_prompt; i++)
@@ -483,6 +517,33 @@ static void count_ids(int *counts, const int32_t *ids, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
         counts[ids[i]]++;
+}
+
+/* A step that fails after one of its requests did: that one's event is not lost, and the others go on. */
+static void a_failed_step_keeps_its_events(void)
+{
+    rig r;
+    int32_t prompt[MOST_PROMPT];
+    answer a[2] = {0};
+    lco_event events[4];
+    lco_error err;
+    int64_t n = 7;
+    rig_open(&r, 4, 4, 512);
+    lco_seq *hog;
+    CHECK_OK(lco_seq_create(r.kv, &hog, &check_err));
+    CHECK_OK(lco_seq_reserve(hog, 32, &check_err));
+    lco_request large = simple(prompt, 40, 1), fits = simple(prompt, 20, 5);
+    add(&r, &large);
+    add(&r, &fits);
+    lco_mem_fail_at(2); /* the second's page table can be had, memory for its logits not */
+    CHECK_ERROR(lco_engine_step(r.engine, events, 4, &n, &err), LCO_ENOMEM, &err, "logits");
+    CHECK(lco_mem_fail_at(0) <= 0 && n == 0, "%lld events", (long long)n);
+    CHECK_OK(lco_engine_check(r.engine, &check_err));
+    CHECK(step(&r, a) == 1 && a[0].finish == LCO_FINISH_ERROR && a[1].n == 0, "the event that was due, and no other");
+    drain(&r, a);
+    CHECK(a[1].finish == LCO_FINISH_LENGTH && a[1].n == 5, "finish %d after %d tokens", a[1].finish, a[1].n);
+    lco_seq_destroy(hog);
+    rig_close(&r);
 }
 
 /* A token whose embedding is NaN spoils the requests that hold it, and their pages once free spoil nobody. */
@@ -731,6 +792,7 @@ int main(int argc, char **argv)
     const test_case tests[] = {
         TEST(greedy_equals_a_plain_loop),
         TEST(neighbours_and_chunks_change_nothing),
+        TEST(chunks_change_nothing_with_dynamic_rope),
         TEST(pressure_changes_nothing),
         TEST(two_sequences_in_four_pages),
         TEST(finish_reasons),
@@ -738,6 +800,7 @@ int main(int argc, char **argv)
         TEST(sequences_go_on_under_pressure),
         TEST(cancel_frees_pages_at_once),
         TEST(no_pages_ends_the_request_alone),
+        TEST(a_failed_step_keeps_its_events),
         TEST(nan_ends_the_request_alone),
         TEST(bad_requests_are_refused),
         TEST(events_need_room),

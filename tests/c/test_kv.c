@@ -1,6 +1,8 @@
 /* The cache against a plain model of it: what every sequence holds, who shares what, and how many pages that takes. */
-#include <math.h>
+#define _GNU_SOURCE
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "../../csrc/kv/kv.h"
 #include "harness.h"
@@ -230,7 +232,31 @@ static void offsets_are_64_bit(void)
     for (int i = 0; i < 3; i++)
         CHECK(*(float *)(void *)(lco_kv_codes(&view, lco_seq_table(seq)[at[i]], 31, LCO_VALUE, 7) + 16 * 32 * 4 - 4) == (float)at[i] + 0.5f,
               "page %lld was overwritten", (long long)at[i]);
+
+    CHECK_OK(lco_seq_truncate(seq, 0, &check_err));
+    CHECK_OK(lco_seq_reserve(seq, 16 * 5000, &check_err));
+    lco_seq_commit(seq, 16 * 5000 - 1);
+    float *open = (float *)(void *)lco_kv_codes(&view, lco_seq_table(seq)[4999], 31, LCO_VALUE, 7);
+    open[5] = 4999.5f;
+    lco_seq *fork;
+    CHECK_OK(lco_seq_fork(seq, &fork, &check_err));
+    CHECK_OK(lco_seq_reserve(fork, 1, &check_err)); /* copies page 4999 to page 5000 */
+    float *copy = (float *)(void *)lco_kv_codes(&view, lco_seq_table(fork)[4999], 31, LCO_VALUE, 7);
+    CHECK(copy != open && copy[5] == 4999.5f, "the copy holds %g", (double)copy[5]);
     lco_kv_destroy(kv);
+}
+
+/* Bytes of a range that the system holds in memory. */
+static int64_t resident(const uint8_t *begin, size_t bytes)
+{
+    const size_t system_page = (size_t)sysconf(_SC_PAGESIZE), n = bytes / system_page;
+    unsigned char *state = malloc(n);
+    int64_t count = 0;
+    CHECK(mincore((void *)(uintptr_t)begin, bytes, state) == 0, "mincore");
+    for (size_t i = 0; i < n; i++)
+        count += state[i] & 1;
+    free(state);
+    return count * (int64_t)system_page;
 }
 
 /* Memory follows the pages that were written, not max_tokens, and goes back when they are freed. */
@@ -251,7 +277,10 @@ static void memory_follows_use(void)
     s = lco_kv_get_stats(kv);
     CHECK(s.resident_bytes == 5 * s.page_bytes, "%lld bytes resident, 5 pages of %lld written", (long long)s.resident_bytes,
           (long long)s.page_bytes);
+    CHECK(resident(view.base, 4096 * view.page_bytes) == s.resident_bytes, "%lld bytes by the system's count",
+          (long long)resident(view.base, 4096 * view.page_bytes));
     CHECK_OK(lco_seq_truncate(seq, 0, &check_err));
+    CHECK(resident(view.base, 4096 * view.page_bytes) == 0, "freed pages stay in memory");
     s = lco_kv_get_stats(kv);
     CHECK(s.resident_bytes == 0 && s.pages_free == 4096, "%lld bytes resident after all", (long long)s.resident_bytes);
     lco_kv_destroy(kv);

@@ -117,7 +117,7 @@ static void penalty_makes_negative_logits_less_likely(void)
     CHECK(sample(args).token == 1, "a positive logit is divided");
     args.sampling.repetition_penalty = 1.4f;
     CHECK(sample(args).token == 0, "3 / 1.4 is still above 2: applied once");
-    args.sampling.repetition_penalty = 1e-38f; /* 3 / 1e-38 would be infinite */
+    args.sampling.repetition_penalty = 1e-40f; /* 3 / 1e-40 would be infinite */
     args.sampling.do_sample = true;
     CHECK(sample(args).token == 0 && sample(args).status == LCO_OK, "tiny penalty");
 }
@@ -154,6 +154,9 @@ static void sick_logits_are_errors(void)
             logits[places[i]] = NAN;
             outcome o = sample(args);
             CHECK_ERROR(o.status, LCO_ENUMERIC, &o.err, text);
+            logits[places[i]] = copysignf(NAN, -1.0f);
+            o = sample(args);
+            CHECK_ERROR(o.status, LCO_ENUMERIC, &o.err, "nan");
             logits[places[i]] = INFINITY;
             o = sample(args);
             CHECK_ERROR(o.status, LCO_ENUMERIC, &o.err, "is inf");
@@ -173,12 +176,12 @@ static void sick_logits_are_errors(void)
 
 static void extreme_numbers_do_not_overflow(void)
 {
-    float logits[4] = {3e38f, -3e38f, 2.9e38f, 0.0f};
+    float logits[4] = {0.0f, -3e38f, 3e38f, 2.9e38f};
     lco_sample_args args = {.logits = logits, .vocab = 4, .sampling = PLAIN};
     const float temperatures[] = {1e-38f, 1e-45f, 1.0f};
     for (size_t i = 0; i < 3; i++) {
         args.sampling.temperature = temperatures[i];
-        CHECK(drawn_set(args) == 1, "temperature %g", (double)temperatures[i]);
+        CHECK(drawn_set(args) == 4, "temperature %g", (double)temperatures[i]);
     }
     args.sampling.temperature = 3e38f;
     CHECK((drawn_set(args) & 13) == 13, "a huge temperature levels");

@@ -74,7 +74,6 @@ def test_longer_than_the_context(model, seq):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"temperature": 0.0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"top_k": -1},
@@ -164,10 +163,10 @@ def test_weights_that_are_no_numbers(tmp_path, isa, value):
     make(tmp_path, edit=edit)
     model = llmcoopt.Model.from_pretrained(tmp_path, isa=isa)
     seq = llmcoopt.KVCache(model).sequence()
-    with pytest.raises(NumericError, match="NaN"):
+    with pytest.raises(NumericError, match=r"(?i)nan"):
         model.forward([1, 2, 3], seq)
     assert len(seq) == 0
-    with pytest.raises(NumericError, match="NaN"):
+    with pytest.raises(NumericError, match=r"(?i)nan"):
         list(llmcoopt.generate(model, [1, 2, 3], max_new_tokens=3))
-    with pytest.raises(NumericError, match="NaN"):
+    with pytest.raises(NumericError, match=r"(?i)nan"):
         model.generate([[1, 2, 3], [4]], max_new_tokens=3)

@@ -50,25 +50,25 @@ def test_twenty_loads_with_del(tmp_path, run_script):
 
 
 def test_weights_are_mapped_not_copied(tmp_path, run_script):
-    """Private memory after loading stays far below the size of the weights: they are pages of the file."""
+    """Anonymous memory hardly grows by loading and running: the weights are pages of the file."""
     size = big(tmp_path)
-    private = run_script(
+    grown = run_script(
         """
 import sys
 import llmcoopt
 
-def private():
+def anonymous():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Swap:"))) * 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous", "Swap:"))) * 1024
 
-before = private()
+before = anonymous()
 model = llmcoopt.Model.from_pretrained(sys.argv[1])
 model.forward([1, 2, 3], llmcoopt.KVCache(model, max_tokens=256).sequence())
-print(private() - before)
+print(anonymous() - before)
 """,
         tmp_path,
     )
-    assert int(private) < size / 4
+    assert int(grown) < size / 10
 
 
 def test_cache_memory_follows_tokens_held(tmp_path):

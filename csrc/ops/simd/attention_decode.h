@@ -1,8 +1,8 @@
 /* One query token: for each page, for each kv head of the range, BLOCK positions at a time: scores, softmax so far, weighted values.
- * Pages outside, heads inside: the keys of all heads are one run of memory. Codes become floats in registers, once for up to four
- * query heads. */
+ * Pages outside, heads inside: the keys of all heads are one run of memory. Codes become floats in registers, once for up to
+ * HEADS_AT_ONCE query heads. */
 
-enum { HEADS_AT_ONCE = 4 };
+enum { MAX_HEADS = 4, HEADS_AT_ONCE = VL == 16 ? MAX_HEADS : 2 }; /* with four positions: as many sums as there are registers for */
 
 typedef struct {
     const uint8_t *keys, *values;           /* codes of the first position */
@@ -10,7 +10,7 @@ typedef struct {
     const float *q;                         /* [heads, d_pad], scaled, zero beyond d */
     float *sums;                            /* [heads, d_pad] */
     float *largest, *total;                 /* [heads] */
-    const uint8_t *next_keys, *next_values; /* read after these; prefetched */
+    const uint8_t *next_keys, *next_values; /* read after these; prefetched, for every few heads again: that spreads the requests */
 } decode_block;
 
 INLINE void prefetch(const uint8_t *p, size_t bytes)
@@ -20,7 +20,7 @@ INLINE void prefetch(const uint8_t *p, size_t bytes)
 }
 
 /* scores[g][t] = q[g] . key[t] for heads g and four positions at a time. */
-INLINE void block_scores(const decode_block *b, lco_dtype dtype, int heads, float scores[HEADS_AT_ONCE][BLOCK])
+INLINE void block_scores(const decode_block *b, lco_dtype dtype, int heads, float scores[MAX_HEADS][BLOCK])
 {
     const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
     const int64_t whole = b->d / VL * VL;
@@ -29,7 +29,7 @@ INLINE void block_scores(const decode_block *b, lco_dtype dtype, int heads, floa
         for (int64_t j = 0; j < 4; j++) /* past the end: the last one again */
             key[j] = b->keys + (size_t)(t + j < b->n ? t + j : b->n - 1) * row;
         prefetch(b->next_keys + (size_t)t * row, 4 * row);
-        vf acc[HEADS_AT_ONCE][4];
+        vf acc[MAX_HEADS][4];
         for (int g = 0; g < heads; g++)
             for (int j = 0; j < 4; j++)
                 acc[g][j] = v_zero();
@@ -80,10 +80,10 @@ INLINE float block_softmax(float *scores, int64_t n, float *largest, float *tota
 
 /* sums[g][i, i + vectors * VL) = factor[g] * sums + sum_t p[g][t] * value[t]; the last vector holds `tail` elements. */
 INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int vectors, int64_t i, int64_t tail, const float *factor,
-                         float p[HEADS_AT_ONCE][BLOCK], bool ahead)
+                         float p[MAX_HEADS][BLOCK], bool ahead)
 {
     const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
-    vf acc[HEADS_AT_ONCE][8];
+    vf acc[MAX_HEADS][8];
     for (int g = 0; g < heads; g++)
         for (int c = 0; c < vectors; c++)
             acc[g][c] = v_mul(v_set(factor[g]), v_load(b->sums + g * b->d_pad + i + c * VL));
@@ -104,9 +104,8 @@ INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int 
 
 INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads)
 {
-    enum { REGISTERS = VL == 16 ? 16 : 8 };
-    const int wide = heads == 1 ? 8 : heads == 2 ? REGISTERS / 2 : REGISTERS / 4;
-    float scores[HEADS_AT_ONCE][BLOCK], factor[HEADS_AT_ONCE];
+    const int wide = heads == 1 ? 8 : heads == 2 ? VL / 2 : 4; /* vectors of values */
+    float scores[MAX_HEADS][BLOCK], factor[MAX_HEADS];
     block_scores(b, dtype, heads, scores);
     for (int g = 0; g < heads; g++)
         factor[g] = block_softmax(scores[g], b->n, &b->largest[g], &b->total[g]);
@@ -126,10 +125,10 @@ INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads)
             attend_block(b, dtype, 1);                                                                                                     \
         else if (heads == 2)                                                                                                               \
             attend_block(b, dtype, 2);                                                                                                     \
-        else if (heads == 3)                                                                                                               \
+        else if (HEADS_AT_ONCE > 2 && heads == 3)                                                                                          \
             attend_block(b, dtype, 3);                                                                                                     \
         else                                                                                                                               \
-            attend_block(b, dtype, 4);                                                                                                     \
+            attend_block(b, dtype, HEADS_AT_ONCE);                                                                                         \
     }
 ATTEND(attend_f32, LCO_F32)
 ATTEND(attend_f16, LCO_F16)

@@ -18,8 +18,8 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 #define ITEM_ROWS 64
-#define BLOCK_UNITS 128              /* units of k at a time: three panels of x stay in L1 */
-#define ROW_UNITS (BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */
+#define MAX_BLOCK_UNITS 256 /* units of k at a time, at most */
+#define ROW_UNITS (MAX_BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */
 #define FEW_PANELS 2                 /* up to so many, reading weights takes most of the time: items of VL rows read them nearly in order */
 #define NEAR_ITEM ((int64_t)128 << 10)/* items of up to so many bytes prefetch the next item, larger ones their next block */
 #define MAX_PROMPT_ROWS 1024          /* rows of x packed at a time */
@@ -57,7 +57,7 @@ typedef struct {
     const lco_linear_args *args;
     const prompt_kernel *kernel;
     int64_t row0, rows, panels; /* the rows of x of this pass */
-    int64_t units, blocks;      /* of k; units is a multiple of VL */
+    int64_t units, blocks, block_units; /* of k; units and block_units are multiples of VL */
     int64_t item_rows, first[LCO_LINEAR_PARTS + 1];
     uint32_t *x;
     uint32_t *w; /* [thread][ITEM_ROWS][ROW_UNITS] */
@@ -66,11 +66,11 @@ typedef struct {
 
 static int64_t block_units(const prompt_job *job, int64_t block)
 {
-    int64_t left = job->units - block * BLOCK_UNITS;
-    return left < BLOCK_UNITS ? left : BLOCK_UNITS;
+    const int64_t left = job->units - block * job->block_units;
+    return left < job->block_units ? left : job->block_units;
 }
 
-static uint32_t *packed_block(const prompt_job *job, int64_t block) { return job->x + block * BLOCK_UNITS * job->panels * VL; }
+static uint32_t *packed_block(const prompt_job *job, int64_t block) { return job->x + block * job->block_units * job->panels * VL; }
 
 static void pack_task(void *ctx, int64_t begin, int64_t end, int thread)
 {
@@ -79,7 +79,7 @@ static void pack_task(void *ctx, int64_t begin, int64_t end, int thread)
     const lco_linear_args *a = job->args;
     for (int64_t item = begin; item < end; item++) {
         int64_t panel = item / job->blocks, block = item % job->blocks, n_units = block_units(job, block);
-        int64_t k0 = block * BLOCK_UNITS * job->kernel->per_unit, row = panel * VL, rows = job->rows - row < VL ? job->rows - row : VL;
+        int64_t k0 = block * job->block_units * job->kernel->per_unit, row = panel * VL, rows = job->rows - row < VL ? job->rows - row : VL;
         job->kernel->pack_x(packed_block(job, block) + panel * n_units * VL, a->x + (job->row0 + row) * a->ld_x + k0, a->ld_x, rows,
                             a->k - k0, n_units);
     }
@@ -118,7 +118,7 @@ static void prompt_item(const prompt_job *job, int64_t item, uint32_t *w, float 
     const int64_t n0 = (item - job->first[p]) * job->item_rows;
     const int64_t rows = part->n - n0 < job->item_rows ? part->n - n0 : job->item_rows;
     const int64_t padded = (rows + kernel->row_step - 1) / kernel->row_step * kernel->row_step;
-    const int64_t size = (int64_t)lco_dtype_bytes(part->dtype), row_bytes = a->k * size, block_k = BLOCK_UNITS * kernel->per_unit;
+    const int64_t size = (int64_t)lco_dtype_bytes(part->dtype), row_bytes = a->k * size, block_k = job->block_units * kernel->per_unit;
     const int64_t item_bytes = rows * row_bytes;
     const char *base = (const char *)part->w + n0 * row_bytes;
     memset(w + rows * ROW_UNITS, 0, (size_t)((padded - rows) * ROW_UNITS) * sizeof *w);
@@ -176,7 +176,8 @@ static lco_status linear_prompt(const lco_linear_args *a, const prompt_kernel *k
     prompt_job job = {.args = a, .kernel = kernel};
     const int64_t wanted = (a->k + kernel->per_unit - 1) / kernel->per_unit;
     job.units = (wanted + VL - 1) / VL * VL;
-    job.blocks = (job.units + BLOCK_UNITS - 1) / BLOCK_UNITS;
+    job.blocks = (job.units + MAX_BLOCK_UNITS - 1) / MAX_BLOCK_UNITS;
+    job.block_units = ((job.units + job.blocks - 1) / job.blocks + VL - 1) / VL * VL;
     int64_t n = 0;
     for (int p = 0; p < a->n_parts; p++)
         n += a->part[p].n;

@@ -1,0 +1,223 @@
+"""Every operator of csrc/ops/ops.h on every instruction set, at the shapes of two models: time, GB/s, GFLOP/s and the share of the roofline.
+
+`python benchmarks/ops.py` prints a table and writes results/ops_<date>.csv. The share is the time that the slower of the two limits (bytes over read
+bandwidth, operations over peak) allows, divided by the time taken; both limits are measured in the same run (roofline.py). Weights and caches
+rotate through 384 MB so that the last-level cache does not flatter; activations stay in the cache, as they do in a model, so shares of rmsnorm
+and swiglu may pass 100 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import roofline
+
+from llmcoopt import _core
+
+ROTATE_BYTES = 384 << 20
+SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+PAGE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that operators see."""
+
+    name: str
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+SHAPES = (
+    Shape("smollm2-135m", 576, 1536, 9, 3, 64, 49152),
+    Shape("llama-7b", 4096, 11008, 32, 32, 128, 32000),
+)
+
+
+@dataclasses.dataclass
+class Case:
+    """One row of the table: `call` runs the operator once; bytes and flops are what it must read (or write) and compute."""
+
+    op: str
+    what: str
+    call: Callable[[], None]
+    bytes: float
+    flops: float
+    unit: str = ""  # of roofline.UNITS, "": the float32 unit of the instruction set
+
+
+class Bench:
+    """Cases of one instruction set and thread count, over shared rotating memory."""
+
+    def __init__(self, isa: str, threads: int, memory: np.ndarray):
+        self.ctx = _core.OpContext(isa=isa, threads=threads)
+        self.isa, self.memory, self.rng = isa, memory, np.random.default_rng(0)
+
+    def floats(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape).astype(np.float32)
+
+    def rotation(self, rows: int, k: int, dtype: str) -> Iterator[np.ndarray]:
+        """Weight matrices [rows, k], each at another place of the memory."""
+        element = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+        count = rows * k
+        pool = self.memory.view(element)
+        return itertools.cycle([pool[i * count : (i + 1) * count].reshape(rows, k) for i in range(max(1, len(pool) // count))])
+
+    def linear(self, shape: Shape, m: int, prompt: bool, dtype: str) -> Iterator[Case]:
+        h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        kind = "prompt" if prompt else "decode"
+        bf16 = prompt and dtype == "bfloat16" and "bf16" in self.ctx.detail.lower()
+        unit = "amx bf16" if bf16 and self.isa == "amx" else "avx512 bf16" if bf16 else ""
+        for name, k, outputs in (
+            ("qkv", h, (q, kv, kv)),
+            ("o", q, (h,)),
+            ("gate+up", h, (shape.ffn, shape.ffn)),
+            ("down", shape.ffn, (h,)),
+        ):
+            total, x = sum(outputs), self.floats(m, k)
+            weights = self.rotation(total, k, dtype)
+            outs = [np.empty((m, n), np.float32) for n in outputs]
+            ends = list(itertools.accumulate(outputs))
+
+            def call(x=x, weights=weights, outs=outs, ends=ends):
+                w = next(weights)
+                parts = [(out, w[end - out.shape[1] : end], dtype, None) for out, end in zip(outs, ends, strict=True)]
+                self.ctx.linear(x, parts, m_prompt=len(x) if prompt else 0)
+
+            yield Case("linear", f"{kind} {name} {total}x{k} m{m} {dtype}", call, total * k * SIZE[dtype], 2.0 * m * total * k, unit)
+
+    def small(self, shape: Shape, m: int) -> Iterator[Case]:
+        """embed, rmsnorm, swiglu."""
+        h, f = shape.hidden, shape.ffn
+        ids = self.rng.integers(0, shape.vocab, m).astype(np.int32)
+        tables, out, x, weight = self.rotation(shape.vocab, h, "bfloat16"), np.empty((m, h), np.float32), self.floats(m, h), self.floats(h)
+        yield Case("embed", f"{h} m{m} bfloat16", lambda: self.ctx.embed(out, ids, next(tables), "bfloat16"), m * h * (2 + 4), 0)
+        yield Case("rmsnorm", f"{h} m{m}", lambda: self.ctx.rmsnorm(out, x, weight, 1e-5), m * h * 8, 4.0 * m * h)
+        gate, up, product = self.floats(m, f), self.floats(m, f), np.empty((m, f), np.float32)
+        yield Case("swiglu", f"{f} m{m}", lambda: self.ctx.swiglu(product, gate, up), m * f * 12, 12.0 * m * f)
+
+    def caches(self, shape: Shape, tokens: int, dtype: str) -> Iterator[np.ndarray]:
+        """Caches of one layer and sequence, each at another place of the memory."""
+        size = -(-tokens // PAGE) * 2 * PAGE * shape.kv_heads * shape.head_dim * SIZE[dtype]
+        pool = self.memory.view(np.uint8)
+        return itertools.cycle([pool[i * size : (i + 1) * size] for i in range(max(1, len(pool) // size))])
+
+    def cache_ops(self, shape: Shape, m: int, context: int, dtype: str) -> Iterator[Case]:
+        """rope_append and attention of one sequence: m prompt rows after `context` tokens, or one decode row when m is 1."""
+        h, g, d, tokens = shape.heads, shape.kv_heads, shape.head_dim, context + m
+        where = {"dtype": dtype, "page_size": PAGE, "n_layers": 1, "layer": 0}
+        items = [(np.arange(-(-tokens // PAGE), dtype=np.int32), 0, m, context, m > 1)]
+        q, k, v, out = self.floats(m, h, d), self.floats(m, g, d), self.floats(m, g, d), np.empty((m, h, d), np.float32)
+        angle = self.floats(m, d // 2)
+        cos, sin = np.cos(angle), np.sin(angle)
+        caches = self.caches(shape, tokens, dtype)
+        what = f"{h}/{g} heads {d} m{m} context {tokens} {dtype}"
+        moved = m * d * (8 * h + (8 + 4 + 2 * SIZE[dtype]) * g)
+        yield Case(
+            "rope_append",
+            what,
+            lambda: self.ctx.rope_append(q, k, v, cos, sin, cache=next(caches), items=items, **where),
+            moved,
+            6.0 * m * d * h,
+        )
+        pairs = m * context + m * (m + 1) / 2
+        yield Case(
+            "attention",
+            what,
+            lambda: self.ctx.attention(out, q, cache=next(caches), n_kv_heads=g, items=items, scale=d**-0.5, **where),
+            2.0 * tokens * g * d * SIZE[dtype],
+            4.0 * pairs * h * d,
+        )
+
+    def cases(self, shape: Shape, ops: list[str], dtypes: list[str]) -> Iterator[Case]:
+        every = []
+        if "linear" in ops:
+            every += [
+                self.linear(shape, m, prompt, t)
+                for t in dtypes
+                for m, prompt in ((1, False), (4, False), (4, True), (64, True), (512, True))
+            ]
+        if {"embed", "rmsnorm", "swiglu"} & set(ops):
+            every += [self.small(shape, m) for m in (1, 512)]
+        if {"rope_append", "attention"} & set(ops):
+            every += [self.cache_ops(shape, m, context, "bfloat16") for m, context in ((1, 1023), (1, 8191), (512, 0), (512, 2048))]
+        for case in itertools.chain.from_iterable(every):
+            if case.op in ops:
+                yield case
+
+
+def measure(call: Callable[[], None], seconds: float) -> float:
+    """Median seconds of a call, over about `seconds` in all and at least three."""
+    call()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def normal_bfloat16(size: int) -> np.ndarray:
+    """`size` bytes of bfloat16 normal numbers (any float type reads them as ordinary numbers)."""
+    block = (np.random.default_rng(0).standard_normal(1 << 21).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return np.resize(block, size // 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = ["linear", "embed", "rmsnorm", "swiglu", "rope_append", "attention"]
+    parser.add_argument("--ops", nargs="*", default=known, choices=known)
+    parser.add_argument("--isa", nargs="*", default=[isa for isa in _core.isas() if isa != "ref"], choices=_core.isas())
+    parser.add_argument("--shapes", nargs="*", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=list(SIZE), help="of the weights (default: bfloat16)")
+    parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, roofline.cpu_count()}))
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each row")
+    parser.add_argument("--csv", type=Path, help="file to write (default: results/ops_<date>.csv)")
+    options = parser.parse_args()
+    limits = roofline.measure(options.threads)
+    memory = normal_bfloat16(ROTATE_BYTES)
+    rows = []
+    print(f"{'isa':<8}{'thr':>4}  {'shape':<14}{'op':<12}{'what':<44}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'share':>8}")
+    for threads, isa in itertools.product(options.threads, options.isa):
+        bench = Bench(isa, threads, memory)
+        read, peaks = limits["read_best"][str(threads)], limits["flops"][str(threads)]
+        for shape in (s for s in SHAPES if s.name in options.shapes):
+            for case in bench.cases(shape, options.ops, options.dtypes):
+                seconds = measure(case.call, options.seconds)
+                unit = case.unit or ("avx2 f32" if isa in ("avx2", "ref") else "avx512 f32")
+                floor = max(case.bytes / read, case.flops / peaks[unit] if unit in peaks else 0)
+                row = {"isa": isa, "detail": bench.ctx.detail, "threads": threads, "shape": shape.name, "op": case.op, "what": case.what}
+                row |= {"ms": round(seconds * 1e3, 5), "gb_s": round(case.bytes / seconds / 1e9, 2)}
+                row |= {"gflop_s": round(case.flops / seconds / 1e9, 1), "share": round(floor / seconds, 3)}
+                row |= {"read_gb_s": round(read / 1e9, 1), "peak_gflop_s": round(peaks.get(unit, 0) / 1e9, 1)}
+                rows.append(row)
+                print(
+                    f"{isa:<8}{threads:>4}  {shape.name:<14}{case.op:<12}{case.what:<44}{row['ms']:>10.4f}{row['gb_s']:>8.1f}"
+                    f"{row['gflop_s']:>9.1f}{row['share']:>8.1%}",
+                    flush=True,
+                )
+    path = options.csv or Path(__file__).parent / "results" / f"ops_{datetime.date.today():%Y-%m-%d}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
