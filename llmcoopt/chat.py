@@ -1,7 +1,8 @@
 """Chat templates: messages to the text a model was trained on. Jinja2 in a sandbox, with the helpers that Hugging Face templates expect.
 
-A template is a program from a file, so it is held in bounds: immutable sandbox, a limit on loop rounds, on the text it makes and on the size of
-repeated strings and powers. The sandbox cannot see the file system or attributes that begin with an underscore."""
+A template is a program from a file, so it is held in bounds: immutable sandbox, limits on loop rounds, on the text it makes, and on the strings,
+lists and powers that its operators make. It cannot see the file system or attributes that begin with an underscore. Filters and methods that pad
+a string (center, ljust, format) are not limited."""
 
 import json
 import reprlib
@@ -13,12 +14,13 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.visitor import NodeTransformer
 
 from .errors import ArgumentError, Error, FormatError
 
 MAX_ROUNDS = 1_000_000  # rounds of all loops together
 MAX_TEXT = 1 << 26  # characters a template may make
-_COUNTER = "_llmcoopt_counted"
+_COUNTED, _JOINED = "_llmcoopt_counted", "_llmcoopt_joined"  # loops and ~ go through functions of these names
 
 
 class TemplateError(FormatError):
@@ -40,7 +42,7 @@ def render(template: str, messages: Sequence[Mapping], *, add_generation_prompt:
             yield item
 
     parts, size = [], 0
-    values = {**context, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, _COUNTER: counted}
+    values = {**context, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, _COUNTED: counted}
     try:
         for part in compiled.generate(values):
             size += len(part)
@@ -98,12 +100,16 @@ def choose(templates: Mapping[str, str], wanted: str | None, has_tools: bool, so
 def check_messages(messages) -> None:
     """Raises ArgumentError unless messages is a sequence of {"role": text, "content": text, list of parts, or None}."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise ArgumentError(f"messages is {reprlib.repr(messages)} ({type(messages).__name__}); expected a list of {{'role': ..., 'content': ...}}")
+        raise ArgumentError(
+            f"messages is {reprlib.repr(messages)} ({type(messages).__name__}); expected a list of {{'role': ..., 'content': ...}}"
+        )
     if not messages:
         raise ArgumentError("messages is empty; expected at least one {'role': ..., 'content': ...}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ArgumentError(f"messages[{i}] is {reprlib.repr(message)} ({type(message).__name__}); expected {{'role': ..., 'content': ...}}")
+            raise ArgumentError(
+                f"messages[{i}] is {reprlib.repr(message)} ({type(message).__name__}); expected {{'role': ..., 'content': ...}}"
+            )
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise ArgumentError(f"messages[{i}]['role'] is {role!r}; expected text such as 'user'")
@@ -126,15 +132,24 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["+", "*", "**"])
 
     def call_binop(self, context, operator, left, right):
+        if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__") and len(left) + len(right) > MAX_TEXT:
+            raise SecurityError("a sum of two texts or lists is too large")
         if operator == "**" and not (abs(left) <= 1 << 16 and abs(right) <= 64):
             raise SecurityError(f"{left} ** {right} is too large")
-        for repeated, times in ((left, right), (right, left)):
+        for repeated, times in ((left, right), (right, left)) if operator == "*" else ():
             if hasattr(repeated, "__len__") and isinstance(times, int) and len(repeated) * times > MAX_TEXT:
                 raise SecurityError(f"a text or list repeated {times} times is too large")
         return super().call_binop(context, operator, left, right)
+
+
+def _joined(*parts):
+    texts = [str(part) for part in parts]
+    if sum(map(len, texts)) > MAX_TEXT:
+        raise SecurityError("a text made with ~ is too large")
+    return "".join(texts)
 
 
 def _raise_exception(message):
@@ -150,9 +165,26 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Bounded(NodeTransformer):
+    """Sends what loops run over, and the operands of ~, through the functions that count."""
+
+    def visit_For(self, node):
+        self.generic_visit(node)
+        node.iter = self._call(_COUNTED, [node.iter], node)
+        return node
+
+    def visit_Concat(self, node):
+        self.generic_visit(node)
+        return self._call(_JOINED, node.nodes, node)
+
+    def _call(self, name, arguments, node):
+        return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None).set_lineno(node.lineno)
+
+
 def _environment() -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
+    environment.globals[_JOINED] = _joined
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -162,9 +194,7 @@ def _environment() -> _Environment:
 def _compile(template: str) -> jinja2.Template:
     environment = _environment()
     try:
-        tree = environment.parse(template)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Call(nodes.Name(_COUNTER, "load"), [loop.iter], [], None, None).set_lineno(loop.lineno)
+        tree = _Bounded().visit(environment.parse(template))
         return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
     except jinja2.TemplateSyntaxError as error:
         lines = template.splitlines()

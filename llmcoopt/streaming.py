@@ -73,7 +73,9 @@ class TextStream:
         return text
 
     def __repr__(self):
-        state = f"stopped by {self.stop_string!r}" if self.stopped else "finished" if self._finished else f"holds {reprlib.repr(self._held)}"
+        state = (
+            f"stopped by {self.stop_string!r}" if self.stopped else "finished" if self._finished else f"holds {reprlib.repr(self._held)}"
+        )
         return f"TextStream(stop={list(self.stop)!r}, {state})"
 
 

@@ -4,7 +4,6 @@ import operator
 import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -64,9 +63,10 @@ class Tokenizer:
         text, for text that is not to be trusted."""
         if not isinstance(text, str):
             raise ArgumentError(f"text is {reprlib.repr(text)} ({type(text).__name__}); expected str")
-        bad = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None) if not _is_unicode(text) else None
-        if bad is not None:
-            raise ArgumentError(f"text[{bad}] is {text[bad]!r}, half of a surrogate pair, which is no character; decode the bytes with errors='replace'")
+        raw = _utf8(text)
+        lost = self._encoder.lost_bytes
+        if lost and (count := len(raw) - len(raw.translate(None, lost))):
+            warnings.warn(f"{self.source}: {count} bytes of the text have no token in the vocabulary and are lost", stacklevel=2)
         ids = self._encoder.encode(text, parse_special)
         return self._surround(ids) if add_special_tokens else ids
 
@@ -162,7 +162,7 @@ class Tokenizer:
             value = None
         if value is None or isinstance(token_id, bool):
             raise ArgumentError(f"id {token_id!r} is {type(token_id).__name__}; expected int")
-        if not (0 <= value < self._encoder.size or (value >= 0 and self._encoder.token(value) is not None)):
+        if not 0 <= value < self._encoder.size:
             raise ArgumentError(f"id {value} is outside the vocabulary of {self._encoder.size} tokens ({self.source})")
         return value
 
@@ -179,7 +179,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the model's vocabulary, without those added later; len(tokenizer) counts these too."""
+        """Tokens of the model's vocabulary, without those added later; len(tokenizer), the largest id + 1, counts these too."""
         return self._encoder.base_size
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ class Tokenizer:
         tokens = [self._encoder.token(i) or "" for i in self._checked(ids)]
         return tokens if isinstance(ids, Iterable) else tokens[0]
 
-    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | None | list[int | None]:
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int | None] | None:
         """The id of each token; the unknown token's for one that is not there, None where there is no unknown token."""
         wanted = [tokens] if isinstance(tokens, str) else list(tokens)
         bad = next((token for token in wanted if not isinstance(token, str)), None)
@@ -256,7 +256,9 @@ class Tokenizer:
         fails or refuses the messages."""
         if isinstance(messages, Sequence) and messages and isinstance(messages[0], Sequence) and not isinstance(messages[0], str | bytes):
             rows = [
-                self.apply_chat_template(row, add_generation_prompt, tokenize, chat_template, tools, continue_final_message, False, **context)
+                self.apply_chat_template(
+                    row, add_generation_prompt, tokenize, chat_template, tools, continue_final_message, False, **context
+                )
                 for row in messages
             ]
             return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]} if return_dict and tokenize else rows
@@ -279,9 +281,11 @@ class Tokenizer:
         return f"Tokenizer({self._encoder.kind}, {len(self)} tokens, {names}{template}, from {self.source!r})"
 
 
-def _is_unicode(text: str) -> bool:
+def _utf8(text: str) -> bytes:
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise ArgumentError(
+            f"text[{at}] is {text[at]!r}, half of a surrogate pair, which is no character; decode the bytes with errors='replace'"
+        ) from None

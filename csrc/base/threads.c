@@ -12,18 +12,24 @@
 
 #include "mem.h"
 
-#define SPINS 20000 /* about 100-300 microseconds: longer than the serial code between two ops of a step */
+#define SPINS 20000     /* pauses before a worker sleeps: 100-300 microseconds, longer than the serial code between two ops of a step */
+#define WAIT_SPINS 4000 /* pauses before the caller lets others run while the last pieces are finished */
 #define MAX_THREADS 1024
+
+/* The gate of a job: epoch in the high half, OPEN, and the number of workers inside. A worker enters only a gate that is open and of the epoch
+ * it saw; the caller closes it when no piece is left and waits for those inside alone. So a worker that has no CPU just now is not waited for. */
+#define OPEN ((uint64_t)1 << 31)
+#define INSIDE (OPEN - 1)
 
 struct lco_pool {
     _Alignas(64) _Atomic uint32_t epoch; /* grows by one per job; workers wait on it */
-    _Alignas(64) _Atomic int64_t next;   /* first item not yet claimed */
-    _Alignas(64) _Atomic int32_t busy;   /* workers that have not finished the job */
+    _Alignas(64) _Atomic uint64_t gate;
+    _Alignas(64) _Atomic int64_t next; /* first item not yet claimed */
     _Alignas(64) _Atomic int32_t asleep;
     lco_task fn;
     void *ctx;
     int64_t n, grain;
-    bool quit;
+    _Atomic bool quit;
     pid_t owner;
     int n_threads; /* caller included */
     pthread_t *workers;
@@ -65,6 +71,15 @@ static void wait_for_epoch(lco_pool *pool, uint32_t seen)
     atomic_fetch_sub(&pool->asleep, 1);
 }
 
+static bool enter(lco_pool *pool, uint32_t epoch)
+{
+    uint64_t gate = atomic_load_explicit(&pool->gate, memory_order_relaxed);
+    while (gate >> 32 == epoch && (gate & OPEN) != 0)
+        if (atomic_compare_exchange_weak_explicit(&pool->gate, &gate, gate + 1, memory_order_acquire, memory_order_relaxed))
+            return true;
+    return false;
+}
+
 static void *worker_main(void *arg)
 {
     struct start start = *(struct start *)arg;
@@ -72,18 +87,31 @@ static void *worker_main(void *arg)
     for (uint32_t seen = 0;;) {
         wait_for_epoch(pool, seen);
         seen = atomic_load_explicit(&pool->epoch, memory_order_acquire);
-        if (pool->quit)
+        if (atomic_load(&pool->quit))
             return NULL;
-        work(pool, start.thread);
-        atomic_fetch_sub_explicit(&pool->busy, 1, memory_order_release);
+        if (enter(pool, seen)) {
+            work(pool, start.thread);
+            atomic_fetch_sub_explicit(&pool->gate, 1, memory_order_release);
+        }
     }
 }
 
-static void publish(lco_pool *pool)
+static void publish(lco_pool *pool, uint32_t epoch)
 {
-    atomic_fetch_add(&pool->epoch, 1);
+    atomic_store(&pool->epoch, epoch);
     if (atomic_load(&pool->asleep) > 0)
         syscall(SYS_futex, &pool->epoch, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+static void close_gate(lco_pool *pool)
+{
+    atomic_fetch_and_explicit(&pool->gate, ~OPEN, memory_order_relaxed);
+    for (int64_t spins = 0; (atomic_load_explicit(&pool->gate, memory_order_acquire) & INSIDE) != 0; spins++) {
+        if (spins < WAIT_SPINS)
+            relax();
+        else
+            sched_yield();
+    }
 }
 
 void lco_pool_for(lco_pool *pool, int64_t n, int64_t grain, lco_task fn, void *ctx)
@@ -100,15 +128,11 @@ void lco_pool_for(lco_pool *pool, int64_t n, int64_t grain, lco_task fn, void *c
     pool->n = n;
     pool->grain = grain;
     atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool->busy, pool->n_threads - 1, memory_order_relaxed);
-    publish(pool);
+    const uint32_t epoch = atomic_load_explicit(&pool->epoch, memory_order_relaxed) + 1;
+    atomic_store_explicit(&pool->gate, (uint64_t)epoch << 32 | OPEN, memory_order_release);
+    publish(pool, epoch);
     work(pool, 0);
-    for (int64_t spins = 0; atomic_load_explicit(&pool->busy, memory_order_acquire) != 0; spins++) {
-        if (spins < SPINS)
-            relax();
-        else
-            sched_yield();
-    }
+    close_gate(pool);
 }
 
 int lco_pool_size(const lco_pool *pool) { return pool->n_threads; }
@@ -134,8 +158,8 @@ lco_status lco_pool_check(const lco_pool *pool, lco_error *err)
 
 static void stop_workers(lco_pool *pool, int n)
 {
-    pool->quit = true;
-    publish(pool);
+    atomic_store(&pool->quit, true);
+    publish(pool, atomic_load(&pool->epoch) + 1);
     for (int i = 0; i < n; i++)
         pthread_join(pool->workers[i], NULL);
 }

@@ -7,12 +7,13 @@
  * 3. Of its ids (prompt, then generated), a running request has computed a leading part, never all: the last one is still to be computed.
  * 4. A sequence serves at most one request, and its length is what it came with plus what the request has computed.
  * 5. The ids that the repetition penalty counts are distinct, and all of the prompt and the generated ones are among them.
- * 6. A step that fails leaves every sequence at a committed length and may be repeated; a failure that belongs to one request (no pages, NaN)
- *    finishes that request with LCO_FINISH_ERROR and lets the others go on.
+ * 6. A step that fails leaves every sequence at a committed length and may be repeated; a failure that belongs to one request (no pages,
+ *    NaN) finishes that request with LCO_FINISH_ERROR and lets the others go on.
  * 7. The token of a request depends on its own ids, parameters and seed alone: not on its neighbours, nor on having been preempted.
  *
  * States: waiting -> (admitted: pages for all its ids could be had) running -> finished, forgotten once its last event was handed out.
- *         running -> (preempted: an older request needed pages) waiting; its prompt and then its generated ids are computed again as before. */
+ *         running -> (preempted: an older request needed pages) waiting; its prompt and then its generated ids are computed again as
+ *         before. */
 #ifndef LCO_ENGINE_ENGINE_H
 #define LCO_ENGINE_ENGINE_H
 
@@ -37,8 +38,8 @@ typedef struct {
     bool ignore_eos;
     int64_t min_new_tokens; /* eos is not taken before */
     lco_sampling sampling;
-    /* A sequence to go on with (its cache holds what came before), or NULL: a new one, freed at the end. It must outlive the request and not be
-     * written by others meanwhile. Afterwards it holds the prompt and all generated ids but the last, which was never computed. */
+    /* A sequence to go on with (its cache holds what came before), or NULL: a new one, freed at the end. It must outlive the request and
+     * not be written by others meanwhile. Afterwards it holds the prompt and all generated ids but the last, which was never computed. */
     lco_seq *sequence;
     const int32_t *history; /* ids already in `sequence`, for the repetition penalty; copied; may be NULL */
     int64_t n_history;
@@ -70,8 +71,8 @@ typedef struct lco_engine lco_engine;
 /* Model and cache must outlive the engine. LCO_EINVAL when the cache's shape is not the model's. */
 lco_status lco_engine_create(lco_model *model, lco_kv *kv, const lco_engine_options *options, lco_engine **out, lco_error *err);
 void lco_engine_destroy(lco_engine *engine); /* frees the sequences it made */
-/* Checks the request (ids in the vocabulary, lengths within max_positions and cache, parameters in range) and queues it. Ids of requests grow
- * from 0. LCO_EPAGES when the whole cache is too small for it. */
+/* Checks the request (ids in the vocabulary, lengths within max_positions and cache, parameters in range) and queues it. Ids of requests
+ * grow from 0. LCO_EPAGES when the whole cache is too small for it. */
 lco_status lco_engine_add(lco_engine *engine, const lco_request *request, int64_t *id, lco_error *err);
 /* Ends a request at once, without an event; its pages are free when this returns. Unknown ids are ignored. */
 void lco_engine_cancel(lco_engine *engine, int64_t id);
@@ -81,9 +82,9 @@ lco_status lco_engine_step(lco_engine *engine, lco_event *events, int64_t cap, i
 lco_engine_stats lco_engine_get_stats(const lco_engine *engine);
 lco_status lco_engine_check(const lco_engine *engine, lco_error *err);
 
-/* Picks a token from logits[vocab]. Order: repetition penalty over `seen` (prompt and output, once per distinct id), banned ids, temperature,
- * top_k, top_p, min_p, then one draw. Ties of equal scores go to the lowest id throughout. The draw is a function of (seed, position) alone.
- * LCO_ENUMERIC when a logit is NaN or +infinity, or when no token is left to take. */
+/* Picks a token from logits[vocab]. Order: repetition penalty over `seen` (prompt and output, once per distinct id), banned ids,
+ * temperature, top_k, top_p, min_p, then one draw. Ties of equal scores go to the lowest id throughout. The draw is a function of (seed,
+ * position) alone. LCO_ENUMERIC when a logit is NaN or +infinity, or when no token is left to take. */
 typedef struct {
     const float *logits;
     int32_t vocab;

@@ -1,8 +1,8 @@
 /* Logits -> one token.
  *
- * Nothing is sorted: top_k and top_p need only the last candidate that is kept, which quickselect finds in linear time. Everything that comes
- * before it in the order (higher score, then lower id) is kept too. The draw then walks the kept ids in ascending order, so it does not hinge
- * on how the selection moved them. */
+ * Nothing is sorted: top_k and top_p need only the last candidate that is kept, which quickselect finds in linear time. Everything that
+ * comes before it in the order (higher score, then lower id) is kept too. The draw then walks the kept ids in ascending order, so it does
+ * not hinge on how the selection moved them. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -30,8 +30,8 @@ lco_status lco_sampling_check(const lco_sampling *s, lco_error *err)
     return LCO_OK;
 }
 
-/* Floats as integers of the same order: -NaN < -infinity < ... < infinity < NaN. Compilers make vectors of minima and maxima of integers, but
- * not of floats, whose NaN they must respect. */
+/* Floats as integers of the same order: -NaN < -infinity < ... < infinity < NaN. Compilers make vectors of minima and maxima of integers,
+ * but not of floats, whose NaN they must respect. */
 static inline int32_t order_of(float x)
 {
     int32_t bits;

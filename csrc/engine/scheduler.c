@@ -1,9 +1,10 @@
 /* Who computes what in a step, and the pages for it.
  *
- * Running requests come first, oldest first: one token each, or the next chunk of their prompt while the step's budget of prompt tokens lasts.
- * Then waiting requests are admitted in order of arrival as long as a slot, budget and pages for all their ids are there; nobody overtakes.
- * A request that needs a page when none is free pushes out the youngest running one (itself, if it is the youngest). As nobody overtakes and the
- * youngest goes first, the running requests always are the oldest. The oldest of all never yields, so every step makes progress. */
+ * Running requests come first, oldest first: one token each, or the next chunk of their prompt while the step's budget of prompt tokens
+ * lasts. Then waiting requests are admitted in order of arrival as long as a slot, budget and pages for all their ids are there; nobody
+ * overtakes. A request that needs a page when none is free pushes out the youngest running one (itself, if it is the youngest). As nobody
+ * overtakes and the youngest goes first, the running requests always are the oldest. The oldest of all never yields, so every step makes
+ * progress. */
 #include "internal.h"
 
 static int64_t rows_wanted(const lco_job *job, int64_t budget)

@@ -50,7 +50,9 @@ def load_file(path: Path):
     before, after = surround(before, after, bos, eos, add_bos, add_eos)
     ends = list(dict.fromkeys([*([eos] if eos is not None else []), *files.end_ids(encoder)]))
     side = files.config.get("padding_side", "left")
-    return encoder, TokenizerFacts(str(path), special, before, after, ends, files.templates(), side if side in ("left", "right") else "left")
+    return encoder, TokenizerFacts(
+        str(path), special, before, after, ends, files.templates(), side if side in ("left", "right") else "left"
+    )
 
 
 def _read(path):
@@ -85,7 +87,9 @@ def _json(raw, where, files):
             continue
         got = encoder.add(RustAdded(entry["content"], **{key: entry[key] for key in _FLAGS}))
         if got != entry["id"]:
-            warnings.warn(f"{where}: the added token {entry['content']!r} has id {got}, but {entry['where']} says {entry['id']}", stacklevel=4)
+            warnings.warn(
+                f"{where}: the added token {entry['content']!r} has id {got}, but {entry['where']} says {entry['id']}", stacklevel=4
+            )
     encoder.refresh()
     before, after = encoder.template()
     return encoder, before, after
@@ -155,7 +159,13 @@ class _Files:
             found[number] = {"id": number, "content": content, "where": where, **flags}
         for entry in found.values():
             number, content = entry["id"], entry["content"]
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**24 or not isinstance(content, str) or not content:
+            if (
+                not isinstance(number, int)
+                or isinstance(number, bool)
+                or not 0 <= number < 2**24
+                or not isinstance(content, str)
+                or not content
+            ):
                 raise FormatError(f"{entry['where']}: the added token {content!r} has id {number!r}; expected text and an id from 0 on")
         return [found[number] for number in sorted(found)]
 
@@ -218,6 +228,8 @@ def _named(value, where):
         return {"default": value}
     if isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
         return dict(value)
-    if isinstance(value, list) and all(isinstance(v, dict) and isinstance(v.get("name"), str) and isinstance(v.get("template"), str) for v in value):
+    if isinstance(value, list) and all(
+        isinstance(v, dict) and isinstance(v.get("name"), str) and isinstance(v.get("template"), str) for v in value
+    ):
         return {v["name"]: v["template"] for v in value}
     raise FormatError(f"{where}: chat_template is {str(value)[:60]!r}; expected text or a list of {{name, template}}")

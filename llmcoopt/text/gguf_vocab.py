@@ -6,7 +6,6 @@ from tokenizers import AddedToken as RustAdded
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from ..errors import FormatError, UnsupportedError
-from .detokenizer import BYTE_ALPHABET
 from .facts import TokenizerFacts, surround
 from .normalizer import Normalizer
 from .pretokenizers import ADD_BOS, EXPRESSIONS, IGNORE_MERGES
@@ -16,7 +15,14 @@ from .sentencepiece import ALWAYS, NEVER, AddedToken, SentencePieceEncoder
 from .spm_file import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 _MODEL = "tokenizer.ggml.model"
-_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token", "mask": "mask_token"}
+_NAMES = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "seperator": "sep_token",
+    "mask": "mask_token",
+}
 # Pieces that end a turn or a text in the chat formats of Llama-family models; a file names only one as its end-of-text token.
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>")
 _LLAMA_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
@@ -119,18 +125,18 @@ def _gpt2(metadata, tokens, types, where):
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in EXPRESSIONS:
         said = "is missing" if pre is None else f"{pre!r} is not known"
-        warnings.warn(f"{where}: tokenizer.ggml.pre {said}; splitting text as 'default', which may give other ids than in training", stacklevel=4)
+        warnings.warn(
+            f"{where}: tokenizer.ggml.pre {said}; splitting text as 'default', which may give other ids than in training", stacklevel=4
+        )
         pre = "default"
     vocabulary = {token: i for i, token in reversed(list(enumerate(tokens)))}
     inner = guarded(
-        lambda: Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in IGNORE_MERGES)), f"{where}: tokenizer.ggml.merges"
+        lambda: Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in IGNORE_MERGES)),
+        f"{where}: tokenizer.ggml.merges",
     )
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in EXPRESSIONS[pre]]
     inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
-    missing = [char for char in BYTE_ALPHABET if char not in vocabulary]
-    if missing:
-        warnings.warn(f"{where}: {len(missing)} of 256 byte values have no token; text with them loses those bytes", stacklevel=4)
     for special in (True, False):
         wanted = CONTROL if special else USER_DEFINED
         found = [RustAdded(t, special=special, normalized=False) for i, t in enumerate(tokens) if types[i] == wanted and t]

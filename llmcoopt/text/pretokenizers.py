@@ -7,11 +7,9 @@ _CJK = "[一-龥぀-ゟ゠-ヿ]+"
 _ASCII_PUNCTUATION = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 
 
-def _modern(digits: str, letters: str = r"\p{L}", slash: str = "") -> list[str]:
-    """Contractions, words with one leading mark, numbers, marks, blanks."""
-    not_letter = "" if letters == r"\p{L}" else r"\p{M}"
-    words = rf"[^\r\n\p{{L}}\p{{N}}]?{letters if letters.startswith('[') else letters}+"
-    return [rf"{_CONTRACTIONS}|{words}|{digits}| ?[^\s\p{{L}}{not_letter}\p{{N}}]+[\r\n{slash}]*|{_TAIL}"]
+def _modern(digits: str, letters: str = r"\p{L}") -> list[str]:
+    """Contractions, words with one leading mark, numbers, marks, blanks. `letters` is what words are made of, to stand inside brackets."""
+    return [rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*|{_TAIL}"]
 
 
 def _cased(digits: str, contractions: str) -> list[str]:
@@ -27,6 +25,11 @@ _QWEN2 = _modern(r"\p{N}")
 _DIGITS_GPT2 = [r"\p{N}", _GPT2]
 _DEFAULT = [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]
 
+
+def _all(names: list[str], expressions: list[str]) -> dict[str, list[str]]:
+    return {name: expressions for name in names}
+
+
 EXPRESSIONS: dict[str, list[str]] = {
     "default": _DEFAULT,
     "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"],
@@ -36,16 +39,16 @@ EXPRESSIONS: dict[str, list[str]] = {
         _CJK,
         rf"{_ASCII_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}",
     ],
-    "qwen35": _modern(r"\p{N}", r"[\p{L}\p{M}]"),
+    "qwen35": _modern(r"\p{N}", r"\p{L}\p{M}"),
     "tekken": _cased(r"\p{N}", ""),
     "gpt-4o": _cased(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),
     "llama4": _cased(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),
 }
-EXPRESSIONS |= dict.fromkeys(["gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "mellum", "gigachat"], [_GPT2])
-EXPRESSIONS |= dict.fromkeys(["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"], _DIGITS_GPT2)
-EXPRESSIONS |= dict.fromkeys(["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"], _LLAMA3)
-EXPRESSIONS |= dict.fromkeys(["dbrx", "smaug-bpe", "glm4", "chatglm-bpe"], _LLAMA3)
-EXPRESSIONS |= dict.fromkeys(["qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "kormo"], _QWEN2)
+EXPRESSIONS |= _all(["gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "mellum", "gigachat"], [_GPT2])
+EXPRESSIONS |= _all(["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"], _DIGITS_GPT2)
+EXPRESSIONS |= _all(["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"], _LLAMA3)
+EXPRESSIONS |= _all(["dbrx", "smaug-bpe", "glm4", "chatglm-bpe"], _LLAMA3)
+EXPRESSIONS |= _all(["qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "kormo"], _QWEN2)
 
 # A word that is a piece as it stands is taken whole, whatever the merges say.
 IGNORE_MERGES = frozenset(["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"])

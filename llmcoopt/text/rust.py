@@ -6,15 +6,47 @@ from collections.abc import Sequence
 from tokenizers import AddedToken, Tokenizer
 
 from ..errors import ArgumentError, FormatError
-from .detokenizer import from_decoder
+from .detokenizer import BYTE_ALPHABET, from_decoder
+
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
 def from_json(text: str, where: str) -> "RustEncoder":
-    """The encoder of a tokenizer.json text. Truncation and padding that the file may ask for are off: an encoding is the whole text."""
+    """The encoder of a tokenizer.json text. Truncation and padding that the file may ask for are off: an encoding is the whole text.
+
+    Flags that an added token lacks count as false, and added tokens keep the ids that the file says, also beyond a gap; the library alone
+    refuses the one and renumbers the other."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON: {error}") from None
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    added = [token for token in added or () if isinstance(token, dict)] if isinstance(added, list | None) else []
+    if any(_FLAGS.keys() - token.keys() for token in added):
+        for token in added:
+            token |= {key: value for key, value in _FLAGS.items() if key not in token}
+        text = json.dumps(content)
     inner = guarded(lambda: Tokenizer.from_str(text), where)
+    if any(inner.token_to_id(token["content"]) != token["id"] for token in added):
+        inner = guarded(lambda: Tokenizer.from_str(_with_gaps(content, added)), where)
+    for token in added:
+        got = inner.token_to_id(token["content"])
+        if got != token["id"]:
+            raise FormatError(f"{where}: the added token {token['content']!r} says id {token['id']}, but the vocabulary gives it {got}")
     inner.no_truncation()
     inner.no_padding()
     return RustEncoder(inner)
+
+
+def _with_gaps(content: dict, added: list[dict]) -> str:
+    """The same file with the added tokens in the vocabulary, where ids may have gaps."""
+    vocabulary = content.get("model", {}).get("vocab")
+    if isinstance(vocabulary, dict):
+        taken = set(vocabulary.values())
+        for token in added:
+            if token["id"] not in taken:
+                vocabulary.setdefault(token["content"], token["id"])
+    return json.dumps(content)
 
 
 def guarded(make, where: str):
@@ -41,8 +73,12 @@ class RustEncoder:
     def refresh(self):
         """Reads the sizes and the added tokens anew, after tokens were added."""
         self.base_size = self.inner.get_vocab_size(with_added_tokens=False)
-        self.size = max(self.inner.get_vocab_size(with_added_tokens=True), len(self._tokens or ()))
         added = self.inner.get_added_tokens_decoder()
+        vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        self.size = max(len(self._tokens or ()), *(i + 1 for i in vocabulary.values()), 0)
+        byte_level = (self._decoder or {}).get("type") == "ByteLevel"
+        # Byte values without a token; the library leaves them out of the ids without a word.
+        self.lost_bytes = bytes(byte for char, byte in BYTE_ALPHABET.items() if byte_level and char not in vocabulary)
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.detokenizer = from_decoder(self._decoder, self.token)
 

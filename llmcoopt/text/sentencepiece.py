@@ -25,6 +25,8 @@ class AddedToken:
 class SentencePieceEncoder:
     """Text to ids and ids to pieces for a SentencePiece vocabulary."""
 
+    lost_bytes = b""  # every character has at least the unknown token
+
     def __init__(
         self,
         pieces: Sequence[str],
@@ -107,4 +109,3 @@ class SentencePieceEncoder:
         if self._dummy != NEVER:
             return Detokenizer(piece, head_piece, "piece", EACH_BYTE)
         return Detokenizer(piece, errors=EACH_BYTE)
-

@@ -16,7 +16,7 @@ STORY = """Once upon a time, there was a little girl named Sue. She had a small 
 strong, and the boat went far away.
 "Oh no! My boat!" said Sue. She was very sad. A big duck saw her and said, "Don't cry. I can help you."
 The duck swam to the boat and pushed it back. Sue was so happy. "Thank you, duck!" she said. They played together all day."""
-LOSS_BOUND = 2.0  # nats a token; observed 1.935. Two bytes swapped in an output projection's rows, or a wrong rope, give far more.
+LOSS_BOUND = 2.0  # nats a token; observed 1.924. One output projection with its rows rolled by one gives 2.10, rope theta 100 gives 2.50.
 
 
 @pytest.fixture(scope="module")
@@ -99,5 +99,5 @@ def test_generation_writes_words_and_stops_at_the_end_mark():
     with llmcoopt.Model.from_pretrained("tiny") as model:
         generation = llmcoopt.generate(model, "Once upon a time", tokenizer=tok, max_new_tokens=600, temperature=0.7, top_p=0.95, seed=1)
         generation.run()
-        assert generation.finish_reason == "stop", f"a story ends; this one ran on for {len(generation.ids)} tokens"
+        assert generation.finish_reason == "eos", f"a story ends; this one ran on for {len(generation.ids)} tokens"
         assert generation.text.isascii() and len(generation.text.split()) > 30

@@ -104,7 +104,7 @@ def test_unknown_argument(model):
         ({"page_size": 17}, "17"),
         ({"page_size": 0}, "page_size"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 2**62}, ""),
+        ({"max_tokens": 2**62}, "max_tokens"),
     ],
     ids=str,
 )

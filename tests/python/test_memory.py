@@ -1,6 +1,9 @@
 """Loading and freeing a model gives back what it took: memory, files, threads."""
 
+import pytest
 from checkpoints import make
+
+import llmcoopt
 
 # Prints resident bytes, open files and threads after each round. The last rounds must look like the third: allocators settle in two.
 ROUNDS = """
@@ -39,11 +42,13 @@ def big(folder):
     return sum(w.nbytes for w in weights.values())
 
 
+@pytest.mark.slow
 def test_twenty_loads_with_close(tmp_path, run_script):
     size = big(tmp_path)
     check(run_script(ROUNDS, tmp_path, "close"), size)
 
 
+@pytest.mark.slow
 def test_twenty_loads_with_del(tmp_path, run_script):
     size = big(tmp_path)
     check(run_script(ROUNDS, tmp_path, "del"), size)
@@ -72,8 +77,6 @@ print(anonymous() - before)
 
 
 def test_cache_memory_follows_tokens_held(tmp_path):
-    import llmcoopt
-
     make(tmp_path, num_key_value_heads=6, max_position_embeddings=4096)
     model = llmcoopt.Model.from_pretrained(tmp_path)
     cache = llmcoopt.KVCache(model, dtype="float32", page_size=16, max_tokens=1 << 20)

@@ -1,7 +1,7 @@
 /* linear with AMX: prompt rows of bfloat16 weights by tiles.
  *
- * A tile product adds A [16 weight rows][32 of k] . B [16 pairs of k][16 rows of x] to C [16 weight rows][16 rows of x]: weight rows are an A
- * operand as they lie, packed x is a B operand as it lies. Two A and two B tiles give four products for four loads:
+ * A tile product adds A [16 weight rows][32 of k] . B [16 pairs of k][16 rows of x] to C [16 weight rows][16 rows of x]: weight rows are
+ * an A operand as they lie, packed x is a B operand as it lies. Two A and two B tiles give four products for four loads:
  *   tiles 0..3: C (2 x 2), 4..5: A, 6..7: B
  * gcc 12 does not know that tile loads read memory and that ldtilecfg reads 64 bytes: fences keep the stores before them in place. */
 #include "../simd/linear_bf16.h"

@@ -1,11 +1,11 @@
 /* Decode rows of `linear`: a few rows of x against the whole weight matrix, bound by reading it.
  *
- * A thread takes a run of weight rows and multiplies a group of them (streams) at once with up to DECODE_ROWS rows of x; further rows of x find
- * the weight rows in the cache. Each output is one chain of fused multiply-adds over k, lane by lane, closed by v_sum: its bits depend on k
- * alone.
+ * A thread takes a run of weight rows and multiplies a group of them (streams) at once with up to DECODE_ROWS rows of x; further rows of x
+ * find the weight rows in the cache. Each output is one chain of fused multiply-adds over k, lane by lane, closed by v_sum: its bits depend
+ * on k alone.
  *
- * Weights are prefetched twice, far ahead into L2 and near into L1. Ahead of a position in a row lies the rest of that row, then the row of the
- * same stream in the next group. */
+ * Weights are prefetched twice, far ahead into L2 and near into L1. Ahead of a position in a row lies the rest of that row, then the row of
+ * the same stream in the next group. */
 #ifndef LCO_OPS_SIMD_LINEAR_DECODE_H
 #define LCO_OPS_SIMD_LINEAR_DECODE_H
 

@@ -3,12 +3,12 @@
  *   out[m, n] = x[m, k] . w[n, k]^T, computed as out^T so that weight rows are used as they lie and only x is turned over.
  *
  *   packed x   [block of k][panel of VL rows][unit][VL]      once a call; a unit is 4 bytes of one row: one float or two bfloat16
- *   weights    [item rows][ROW_UNITS]                        one block of k of an item's rows, copied (and widened) into cache-resident scratch
+ *   weights    [item rows][ROW_UNITS]                        one block of k of an item's rows, copied (and widened) into cached scratch
  *   sums       [panel][ITEM_ROWS][VL]                        float32, an item's part of out^T; a tile of VL x VL is one run
  *
- * An item is up to ITEM_ROWS weight rows of one part. A thread walks an item's blocks of k in order; `multiply` adds a block's products to the
- * sums; at the end the sums are turned over into out. Units past k are zero in both operands. An output is summed in the order of k whatever
- * the items, the panels and the threads are. */
+ * An item is up to ITEM_ROWS weight rows of one part. A thread walks an item's blocks of k in order; `multiply` adds a block's products to
+ * the sums; at the end the sums are turned over into out. Units past k are zero in both operands. An output is summed in the order of k
+ * whatever the items, the panels and the threads are: blocks depend on k alone. */
 #ifndef LCO_OPS_SIMD_LINEAR_PROMPT_H
 #define LCO_OPS_SIMD_LINEAR_PROMPT_H
 
@@ -17,12 +17,12 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-#define ITEM_ROWS 64
-#define MAX_BLOCK_UNITS 256 /* units of k at a time, at most */
+#define ITEM_ROWS 64                     /* weight rows at a time, at most */
+#define MAX_BLOCK_UNITS 256              /* units of k at a time, at most */
 #define ROW_UNITS (MAX_BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */
-#define FEW_PANELS 2                 /* up to so many, reading weights takes most of the time: items of VL rows read them nearly in order */
-#define NEAR_ITEM ((int64_t)128 << 10)/* items of up to so many bytes prefetch the next item, larger ones their next block */
-#define MAX_PROMPT_ROWS 1024          /* rows of x packed at a time */
+#define FEW_PANELS 2                     /* so few rows of x: reading weights rules, and items of VL rows read nearly in order */
+#define NEAR_ITEM ((int64_t)128 << 10)   /* items of up to so many bytes prefetch the next item, larger ones their next block */
+#define MAX_PROMPT_ROWS 1024             /* rows of x packed at a time */
 
 /* One block of k of one item, and the weights that are copied after it. */
 typedef struct {
@@ -44,7 +44,7 @@ ALWAYS_INLINE void prefetch_next(const prompt_block *block, int64_t row, const i
 typedef struct {
     int per_unit; /* elements of k in a unit */
     int row_step; /* items are multiples of this many rows; copied rows are padded with zero rows to it */
-    /* One panel and one block of k: units [0, n_units) of rows x[0 .. rows), columns from 0 to `left` (zero beyond). n_units is a multiple of VL. */
+    /* One panel and one block of k: units [0, n_units) of `rows` rows from the `left` elements at x (zero beyond). */
     void (*pack_x)(uint32_t *panel, const float *x, int64_t ld_x, int64_t rows, int64_t left, int64_t n_units);
     /* One weight row's n_units units from `left` elements (zero beyond). */
     void (*copy_w)(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units);
@@ -56,7 +56,7 @@ typedef struct {
 typedef struct {
     const lco_linear_args *args;
     const prompt_kernel *kernel;
-    int64_t row0, rows, panels; /* the rows of x of this pass */
+    int64_t row0, rows, panels;         /* the rows of x of this pass */
     int64_t units, blocks, block_units; /* of k; units and block_units are multiples of VL */
     int64_t item_rows, first[LCO_LINEAR_PARTS + 1];
     uint32_t *x;

@@ -1,0 +1,218 @@
+"""Whole steps of a model: prompt tokens per second and the share of the machine's arithmetic they reach, milliseconds a decode step (median and
+95th percentile) and the share of the read bandwidth, and what the engine and the sampler cost.
+
+`python benchmarks/decode.py` times models with random bfloat16 weights in the shapes below; a folder or .gguf file times that model instead.
+A decode step must read every weight matrix once (of the embedding only rows, unless it is the head too) and the cache of every sequence; the
+share is these bytes over the median step time, divided by the read bandwidth measured in the same run (roofline.py). Steps are timed from
+Python, so they include all there is. Writes results/decode_<date>.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import roofline
+
+import llmcoopt
+from llmcoopt import _core
+from llmcoopt.generation import Options
+
+CHUNK = 512  # prompt tokens of a step
+# vocabulary, hidden, ffn, layers, heads, kv heads, tied head
+SHAPES = {
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True),
+    "smollm2-360m": (49152, 960, 2560, 32, 15, 5, True),
+    "llama-1b": (128256, 2048, 8192, 16, 32, 8, True),
+}
+
+
+def bfloat16_noise(rng: np.random.Generator, count: int) -> np.ndarray:
+    """`count` bits of bfloat16 numbers around 0, of a size that keeps activations finite; a block of randomness repeated."""
+    block = (rng.standard_normal(1 << 20) * 0.02).astype(np.float32).view(np.uint32) >> 16
+    return np.resize(block.astype(np.uint16), count)
+
+
+def write_model(folder: Path, shape: tuple) -> None:
+    """A Hugging Face folder with random weights."""
+    vocab, hidden, ffn, layers, heads, kv_heads, tied = shape
+    d = hidden // heads
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e5,
+        "tie_word_embeddings": tied,
+    }
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for i in range(layers):
+        layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+        layer |= {f"self_attn.{p}_proj": (n * d, hidden) for p, n in {"q": heads, "k": kv_heads, "v": kv_heads}.items()}
+        layer |= {"self_attn.o_proj": (hidden, heads * d), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden)}
+        layer |= {"mlp.down_proj": (hidden, ffn)}
+        shapes |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
+    header, at = {}, 0
+    for name, value in shapes.items():
+        size = 2 * int(np.prod(value))
+        header[name] = {"dtype": "BF16", "shape": list(value), "data_offsets": [at, at + size]}
+        at += size
+    rng = np.random.default_rng(0)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in shapes.values():
+            file.write(bfloat16_noise(rng, int(np.prod(value))).tobytes())
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def step_bytes(model: llmcoopt.Model, tokens: float, bytes_per_token: int) -> float:
+    """What a decode step must read: weights, and the cache of `tokens` tokens over all sequences."""
+    c = model.config
+    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size * (4 if model.dtype == "float32" else 2)
+    return model.weight_bytes - embedding + tokens * bytes_per_token
+
+
+def prompt_flops(model: llmcoopt.Model, prompt: int) -> float:
+    """Operations of a prompt's products: every matrix but the head for every token (the head is needed once), and causal attention."""
+    c = model.config
+    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    matrices = c.num_hidden_layers * (d * (2 * q + 2 * kv) + 3 * d * c.intermediate_size)
+    return 2.0 * prompt * matrices + 2.0 * c.vocab_size * d + c.num_hidden_layers * 2.0 * q * prompt * (prompt + 1)
+
+
+def peak_unit(model: llmcoopt.Model) -> str:
+    """The unit of roofline.UNITS that the model's prompt products can use."""
+    bfloat16 = model.dtype == "bfloat16"
+    if model.isa == "amx" and bfloat16:
+        return "amx bf16"
+    if model.isa in ("amx", "avx512"):
+        return "avx512 bf16" if bfloat16 and "BF16" in model.isa_detail else "avx512 f32"
+    return "avx2 f32"
+
+
+def run(model: llmcoopt.Model, batch: int, prompt: int, new: int, sampling: dict) -> dict:
+    """Times one batch: `batch` prompts of `prompt` tokens, then `new` steps or more in which all of them decode."""
+    rng = np.random.default_rng(1)
+    most = new + -(-batch * prompt // CHUNK)  # the first sequences decode while the last prompts are computed
+    with llmcoopt.KVCache(model, max_tokens=batch * (prompt + most + 64)) as cache:
+        engine = _core.Engine(cache._core, batch, CHUNK)
+        options = Options(max_new_tokens=most, ignore_eos=True, **sampling)
+        prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).astype(np.int32)
+        ids = [engine.add(**options.request(ids, model)) for ids in prompts]
+        start, waiting = time.perf_counter(), set(ids)
+        while waiting:  # for the first token of every prompt
+            waiting -= {event[0] for event in engine.step()}
+        first = time.perf_counter()
+        before, steps = engine.stats(), []
+        while engine.stats()["running"] == batch:
+            began = time.perf_counter()
+            engine.step()
+            steps.append(time.perf_counter() - began)
+        after, per_token = engine.stats(), cache.stats()["bytes_per_token"]
+        engine.close()
+    spent = {k: after[k] - before[k] for k in ("forward_seconds", "sample_seconds", "other_seconds")}
+    total, median = sum(steps), float(np.median(steps))
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "new": new,
+        "prompt_tok_s": batch * prompt / (first - start),
+        "prompt_gflop_s": batch * prompt_flops(model, prompt) / (first - start) / 1e9,
+        "decode_tok_s": batch * len(steps) / total,
+        "step_ms": median * 1e3,
+        "step_p95_ms": float(np.percentile(steps, 95)) * 1e3,
+        "gb_s": step_bytes(model, batch * (prompt + new / 2), per_token) / median / 1e9,
+        "sample_share": spent["sample_seconds"] / total,
+        "engine_share": (total - spent["forward_seconds"] - spent["sample_seconds"]) / total,  # Python's part of a step included
+    }
+
+
+# title, width, key of a row, format
+COLUMNS = (
+    ("model", -16, "model", ""),
+    ("isa", -22, "isa", ""),
+    ("thr", 4, "threads", ""),
+    ("batch", 6, "batch", ""),
+    ("prompt t/s", 12, "prompt_tok_s", ".1f"),
+    ("of peak", 8, "of_peak", ".1%"),
+    ("decode t/s", 12, "decode_tok_s", ".1f"),
+    ("ms/step", 9, "step_ms", ".2f"),
+    ("p95", 8, "step_p95_ms", ".2f"),
+    ("GB/s", 7, "gb_s", ".1f"),
+    ("of read", 9, "of_read", ".1%"),
+    ("sampler", 9, "sample_share", ".2%"),
+    ("engine", 8, "engine_share", ".2%"),
+)
+
+
+def line(cell) -> str:
+    """One line of the table; `cell` gives each column's text."""
+    return "".join(f"{cell(title, key, form):{'<' if width < 0 else '>'}{abs(width)}}" for title, width, key, form in COLUMNS)
+
+
+def bench(path, name: str, isa: str | None, options: argparse.Namespace) -> list[dict]:
+    """Rows of one model on one instruction set, printed as they come."""
+    sampling = {} if options.temperature is None else {"temperature": options.temperature, "top_p": 0.95, "seed": 1}
+    rows = []
+    with llmcoopt.Model.from_pretrained(path, isa=isa, threads=options.threads) as model:
+        run(model, 1, 8, 3, sampling)  # maps the file, grows the scratch
+        data = np.ones(roofline.READ_BYTES // 8)
+        read = max(roofline.read_bandwidth(data, model.threads, ahead) for ahead in roofline.AHEAD) / 1e9
+        peak = roofline.peak_flops(peak_unit(model), model.threads) / 1e9
+        for batch in options.batch:
+            row = {"model": name, "isa": model.isa_detail, "threads": model.threads}
+            row |= run(model, batch, options.prompt, options.new, sampling)
+            row |= {"read_gb_s": read, "of_read": row["gb_s"] / read, "peak_gflop_s": peak, "of_peak": row["prompt_gflop_s"] / peak}
+            rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+            print(line(lambda _, key, form, row=row: format(row[key], form)), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["smollm2-135m", "llama-1b"], help=f"folder, .gguf file or one of {', '.join(SHAPES)}")
+    parser.add_argument("--isa", nargs="*", default=[None], help="instruction sets (default: the best)")
+    parser.add_argument("--threads", type=int, default=0, help="0: all")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--temperature", type=float, help="sample with it and top_p 0.95 (default: greedy)")
+    parser.add_argument("--csv", type=Path, help="file to write (default: results/decode_<date>.csv)")
+    options = parser.parse_args()
+    if options.new < 3 or options.prompt < 1 or min(options.batch) < 1:
+        parser.error("--new must be at least 3, --prompt and --batch at least 1")
+    rows = []
+    print(line(lambda title, key, form: title))
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            if name in SHAPES:
+                write_model(Path(folder), SHAPES[name])
+            for isa in options.isa:
+                rows += bench(folder if name in SHAPES else name, name if name in SHAPES else Path(name).stem, isa, options)
+    path = options.csv or Path(__file__).parent / "results" / f"decode_{datetime.date.today():%Y-%m-%d}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Chat templates: what they may do, what they must not, and what the messages must look like."""
+
+import re
+import time
+
+import pytest
+
+from llmcoopt import Tokenizer, chat, errors
+
+USER = [{"role": "user", "content": "Hi"}]
+CHATML = (
+    "{%- for message in messages %}\n    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set loop_messages = messages %}{% set system = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TOOLS = (
+    "{% if tools %}{% for tool in tools %}{{ tool | tojson }}|{{ tool | tojson(indent=2) }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'skip' %}{% continue %}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% if loop.last %}.{% else %},{% endif %}{% endfor %}{{ loop is defined }}"
+)
+CONVERSATION = [
+    {"role": "system", "content": "Be <b>brief</b> & 'kind'."},
+    {"role": "user", "content": " Hello \u00e9\u4f60 "},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "And?"},
+]
+TOOL = {"type": "function", "function": {"name": "f", "description": "a < b & 'c' \u00e9", "parameters": {"z": 1, "a": [True, None]}}}
+
+
+def test_the_text_of_common_templates():
+    assert chat.render(CHATML, USER, add_generation_prompt=True) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.render(LLAMA2, CONVERSATION[1:3], bos_token="<s>", eos_token="</s>") == "<s>[INST] Hello \u00e9\u4f60 [/INST] Yes. </s>"
+    found = chat.render(TOOLS, [*USER, {"role": "skip", "content": "x"}, *USER], tools=[TOOL])
+    assert found.startswith(
+        '{"type": "function", "function": {"name": "f", "description": "a < b & \'c\' \u00e9", "parameters": {"z": 1, "a": [true'
+    )
+    assert found.endswith("}\nHi,Hi.False")
+    assert re.fullmatch(r"\d{4}-\d\d", chat.render("{{ strftime_now('%Y-%m') }}", USER))
+    assert chat.render("{{ messages[0].role ~ ': ' ~ 1 ~ none ~ nothing }}", USER) == "user: 1None"
+    assert chat.render("{% if true %}\n  x\n  {% endif %}\n", USER) == "  x\n"  # trim_blocks and lstrip_blocks
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, TOOLS])
+def test_the_text_equals_transformers(template):
+    module = pytest.importorskip("transformers.utils.chat_template_utils")
+    compiled = module._compile_jinja_template(template)
+    for tools in (None, [TOOL]):
+        for prompt in (False, True):
+            values = {"bos_token": "<s>", "eos_token": "</s>"}
+            expected = compiled.render(messages=CONVERSATION, tools=tools, add_generation_prompt=prompt, **values)
+            assert chat.render(template, CONVERSATION, tools=tools, add_generation_prompt=prompt, **values) == expected
+
+
+def test_loop_variables_survive_the_round_counter():
+    seen = "{{ loop.index }}/{{ loop.length }}{{ loop.first }}{{ loop.last }}{{ loop.previtem.content if loop.previtem }} "
+    template = "{% for m in messages %}" + seen + "{% endfor %}"
+    two = [*USER, {"role": "user", "content": "b"}]
+    assert chat.render(template, two) == "1/2TrueFalse 2/2FalseTrueHi "
+    assert chat.render("{% for x in nothing %}{{ x }}{% else %}none{% endfor %}", USER) == "none"
+    assert chat.render("{% for k, v in messages[0] | items if k == 'role' %}{{ v }}{% endfor %}", USER) == "user"
+    nested = "{% for i in range(3) %}{% if i == 2 %}{% break %}{% endif %}{% for j in range(2) %}{{ i }}{{ j }} {% endfor %}{% endfor %}"
+    assert chat.render(nested, USER) == "00 01 10 11 "
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ ''.__class__.__mro__ }}", "sandbox"),
+        ("{{ messages.append({}) }}", "sandbox"),
+        ("{{ 'x' * 10 ** 9 }}", "too large"),
+        ("{{ 10 ** 10 ** 10 }}", "too large"),
+        ("{{ [0] * 1000000000 }}", "too large"),
+        ("{% for i in range(10 ** 6) %}{% endfor %}", "[Rr]ange"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loop rounds"),
+        ("{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "~ is too large"),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "sum of two texts or lists is too large",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
+        ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "characters of text"),
+        ("{{ messages[5].content }}", "line 1: UndefinedError"),
+        ("a\n{{ 1 + 'x' }}", "line 2: TypeError"),
+        ("a\n{% if %}", "line 2"),
+        ("{% for m in messages %}", "line 1.*Unexpected end"),
+        ("{{ nothing() }}", "UndefinedError: 'nothing' is undefined"),
+        ("{% include 'x' %}", "line 1"),
+        ("{{ raise_exception('no system role') }}", "refuses the messages: no system role"),
+        ("{{ (" * 500, "line 1|too deeply"),
+    ],
+)
+def test_bad_templates_fail_soon_and_say_why(template, text):
+    started = time.perf_counter()
+    with pytest.raises(chat.TemplateError, match=text) as caught:
+        chat.render(template, USER)
+    assert isinstance(caught.value, errors.FormatError)
+    assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize(
+    "messages, text",
+    [
+        ("Hi", r"messages is 'Hi' \(str\)"),
+        ({"role": "user"}, r"\(dict\); expected a list"),
+        ([], "messages is empty"),
+        (None, "NoneType"),
+        (["Hi"], r"messages\[0\] is 'Hi'"),
+        ([*USER, {"content": "x"}], r"messages\[1\]\['role'\] is None"),
+        ([{"role": 3, "content": "x"}], r"\['role'\] is 3"),
+        ([{"role": "user", "text": "x"}], r"messages\[0\] \(user\) has no 'content'; it has 'role', 'text'"),
+        ([{"role": "user", "content": 7}], r"\['content'\] is int"),
+        ([{"role": "user", "content": b"7"}], r"\['content'\] is bytes"),
+    ],
+)
+def test_messages_are_checked(messages, text):
+    with pytest.raises(errors.ArgumentError, match=text):
+        chat.render(CHATML, messages)
+
+
+def test_choice_of_the_template():
+    two = {"default": "one", "rag": "two"}
+    assert chat.choose(two, None, False, "x") == "one"
+    assert chat.choose(two, "rag", False, "x") == "two"
+    assert chat.choose(two, "{{ 1 }}", False, "x") == "{{ 1 }}"
+    with pytest.raises(errors.ArgumentError, match=r"neither a template nor the name of one \(x has: 'default', 'rag'"):
+        chat.choose(two, "other", False, "x")
+    with pytest.raises(errors.ArgumentError, match=r"folder/tokenizer\.json: no chat template\. Pass one: chat_template="):
+        chat.choose({}, None, False, "folder/tokenizer.json")
+    with pytest.raises(errors.ArgumentError, match="none is 'default'"):
+        chat.choose({"rag": "two"}, None, False, "x")
+
+
+def tokenizer_with(template):
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", "H", "i", "Hi", "<|im_start|>", "<|im_end|>"]
+    return Tokenizer.from_gguf_metadata(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": pieces + [f"<0x{b:02X}>" for b in range(256)],
+            "tokenizer.ggml.scores": [0.0] * 3 + [-1.0, -2.0, -3.0, -4.0, 0.0, 0.0] + [0.0] * 256,
+            "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 3, 3] + [6] * 256,
+            "tokenizer.ggml.add_space_prefix": False,
+            **({"tokenizer.chat_template": template} if template else {}),
+        }
+    )
+
+
+def test_apply_chat_template_gives_ids_without_additions():
+    tokenizer = tokenizer_with("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    assert tokenizer.apply_chat_template(USER) == [1, 7, 6, 8]
+    assert tokenizer.apply_chat_template(USER, tokenize=False) == "<s><|im_start|>Hi<|im_end|>"
+    assert tokenizer.apply_chat_template([USER, USER]) == [[1, 7, 6, 8]] * 2
+    assert tokenizer.apply_chat_template(USER, return_dict=True) == {"input_ids": [1, 7, 6, 8], "attention_mask": [1] * 4}
+    assert tokenizer.eos_token_ids == [2, 8]
+    with pytest.raises(errors.ArgumentError, match=r"no chat template\. Pass one"):
+        tokenizer_with(None).apply_chat_template(USER)
+
+
+def test_continue_final_message():
+    tokenizer = tokenizer_with(CHATML)
+    last = [*USER, {"role": "assistant", "content": "Hi "}]
+    assert tokenizer.apply_chat_template(last, tokenize=False, continue_final_message=True).endswith("<|im_start|>assistant\nHi ")
+    stripping = "{% for m in messages %}[{{ m.content.strip() }}]{% endfor %}"
+    assert tokenizer.apply_chat_template(last, tokenize=False, chat_template=stripping, continue_final_message=True) == "[Hi][Hi"
+    with pytest.raises(errors.ArgumentError, match="exclude each other"):
+        tokenizer.apply_chat_template(last, add_generation_prompt=True, continue_final_message=True)
+    with pytest.raises(errors.ArgumentError, match="leaves out the last message's content"):
+        tokenizer.apply_chat_template(last, chat_template="{{ 1 }}", continue_final_message=True)
+
+
+def test_context_reaches_the_template():
+    tokenizer = tokenizer_with("{{ eos_token }}{{ enable_thinking }}{{ tools | length if tools }}")
+    assert tokenizer.apply_chat_template(USER, tokenize=False, enable_thinking=False, tools=[TOOL]) == "</s>False1"
