@@ -18,4 +18,4 @@ rm -f build/sanitized/llmcoopt/_core*.so
 unset LLMCOOPT_SANITIZE
 # Python itself leaks by design, so leaks are looked for by the C tests and by tests/python; verify_asan_link_order: the runtime is preloaded.
 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$(${CC:-cc} -print-file-name=libasan.so) $(${CC:-cc} -print-file-name=libubsan.so)" \
-    PYTHONPATH="$PWD/build/sanitized" "$python" -m pytest -p no:cacheprovider -q "${@:-tests}" -m "not parity and not slow"
+    PYTHONPATH="$PWD/build/sanitized" "$python" -m pytest -p no:cacheprovider -q "${@:-tests}" --ignore tests/c -m "not parity and not slow"

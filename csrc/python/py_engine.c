@@ -251,9 +251,9 @@ static PyObject *engine_stats(engine_object *self, PyObject *Py_UNUSED(arg))
     if (open_engine(self) == NULL)
         return NULL;
     lco_engine_stats s = lco_engine_get_stats(self->engine);
-    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:d,s:d,s:d}", "steps", s.steps, "prompt_tokens", s.prompt_tokens, "decode_tokens",
-                         s.decode_tokens, "waiting", s.waiting, "running", s.running, "forward_seconds", s.forward_seconds,
-                         "sample_seconds", s.sample_seconds, "other_seconds", s.other_seconds);
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:d,s:d,s:d}", "steps", s.steps, "prompt_tokens", s.prompt_tokens, "decode_tokens",
+                         s.decode_tokens, "waiting", s.waiting, "running", s.running, "preemptions", s.preemptions, "forward_seconds",
+                         s.forward_seconds, "sample_seconds", s.sample_seconds, "other_seconds", s.other_seconds);
 }
 
 static PyObject *engine_check(engine_object *self, PyObject *Py_UNUSED(arg))

@@ -14,7 +14,7 @@ import llmcoopt
 from llmcoopt import reference
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install llmcoopt[parity]")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install llmcoopt[parity]")
+transformers = pytest.importorskip("transformers", "5.0", reason="transformers 5 is not installed: pip install llmcoopt[parity]")
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")]
 

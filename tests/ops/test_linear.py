@@ -39,8 +39,8 @@ def run(ctx, x, w, dtype, m_prompt=0, bias=None):
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("k", K)
 def test_against_oracle(ctx, rng, k, dtype):
-    for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 50, 97):
-        for n in (1, 3, 8, 17, 33, 67):
+    for i, m in enumerate((1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 50, 97)):
+        for n in ((1, 8, 33), (3, 17, 67))[i % 2]:
             m_prompt = [0, m, m // 2][(m + k + n) % 3]
             x, w = make(rng, m, n, k, dtype)
             seen = rounded(x, ctx, dtype, m_prompt)

@@ -96,3 +96,25 @@ assert [len(out) for out in model.generate(batch, max_new_tokens=5)] == [15, 200
 """,
         folder,
     )
+
+
+def test_generation_goes_on_where_it_was_interrupted(folder, run_script):
+    """No token is lost: the iterator goes on, and a sequence's ids are those that its cache holds."""
+    run_script(
+        BEGIN
+        + """
+how = {"max_new_tokens": 2000, "do_sample": True, "seed": 5}
+expected = list(llmcoopt.generate(model, ids[:10], **how))
+cache = llmcoopt.KVCache(model)
+for _ in range(3):
+    seq = cache.sequence()
+    run = llmcoopt.generate(model, ids[:10], sequence=seq, **how)
+    interrupted(lambda: list(run), 0.1)
+    for _ in range(5):
+        next(run)
+    assert run.ids == expected[: len(run.ids)]
+    run.close()
+    assert seq.ids == (ids[:10] + expected)[: len(seq)]
+""",
+        folder,
+    )

@@ -12,8 +12,6 @@
 #include "../ops.h"
 #include "vec.h"
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 #define STREAMS 4                         /* weight rows at once */
 #define SINGLE_STREAMS (VL == 16 ? 2 : 4) /* for one row of x: two are enough to hide the latency of 512-bit sums, and read best */
 #define DECODE_ROWS (VL == 16 ? 4 : 2)    /* rows of x at once: STREAMS * DECODE_ROWS sums live in registers */

@@ -15,8 +15,6 @@
 #include "../ops.h"
 #include "vec.h"
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 #define ITEM_ROWS 64                     /* weight rows at a time, at most */
 #define MAX_BLOCK_UNITS 256              /* units of k at a time, at most */
 #define ROW_UNITS (MAX_BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */

@@ -1,5 +1,5 @@
-/* The vector products of linear_prompt.h, for any unit: `unit_dot(sum, w, x)` adds the products of one unit, a fused multiply-add for floats
- * and a dot product of two for bfloat16.
+/* The vector products of linear_prompt.h, for any unit: `unit_dot(sum, w, x)` adds the products of one unit, a fused multiply-add for
+ * floats and a dot product of two for bfloat16.
  *
  * Many rows of x: TILE_ROWS weight rows by up to three panels of x, all sums in registers; a lane is a row of x.
  * Few rows of x: VL weight rows are turned over in registers, a lane is a weight row, and no lane is wasted on rows of x that aren't there.

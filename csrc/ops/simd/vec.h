@@ -272,4 +272,7 @@ static inline __m128 v_sum4(vf a, vf b, vf c, vf d)
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
+/* For kernels that are written once and specialised by constant arguments. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 #endif
