@@ -117,12 +117,14 @@ def run(model: llmcoopt.Model, batch: int, prompt: int, new: int, sampling: dict
         ids = [engine.add(**options.request(ids, model)) for ids in prompts]
         start, waiting = time.perf_counter(), set(ids)
         while waiting:  # for the first token of every prompt
-            waiting -= {event[0] for event in engine.step()}
+            events = []
+            engine.step(events)
+            waiting -= {event[0] for event in events}
         first = time.perf_counter()
         before, steps = engine.stats(), []
         while engine.stats()["running"] == batch:
             began = time.perf_counter()
-            engine.step()
+            engine.step([])
             steps.append(time.perf_counter() - began)
         after, per_token = engine.stats(), cache.stats()["bytes_per_token"]
         engine.close()

@@ -6,7 +6,8 @@ meets all; the table gives medians and the slowest and fastest run. Before the c
 
 prefill: PREFILL tokens at once, logits of the last. decode: STEPS tokens one by one, greedy, contexts from CONTEXT - STEPS / 2 to CONTEXT +
 STEPS / 2; for a peer this is a bare loop over its forward, less work than its own generate() does. A library that is not installed is skipped
-with a message. Writes results/peers_<date>.csv.
+with a message. Writes results/peers_<date>.csv. Run it on an idle machine: threads that wait for each other by spinning, as PyTorch's do, lose far
+more than others when something else takes a CPU from them; the load at the start is in the results.
 """
 
 from __future__ import annotations
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--csv", type=Path, help="file to write (default: results/peers_<date>.csv)")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     path = options.model or smollm2.fetch()
     checkpoint = bfloat16_checkpoint(path)
     peers = load_peers(options.peers, checkpoint, options.threads)
@@ -241,12 +243,15 @@ def main() -> None:
     # Random ids are as good as text for timing, and need no tokenizer. Id 0 up to 2 are often special.
     ids = np.random.default_rng(0).integers(3, checkpoint.config.vocab_size, PREFILL).tolist()
     distances = compare(libraries, ids[:CONTEXT])
+    if load > 0.5:
+        print(f"the machine is busy (load {load:.1f}): with more than one thread these figures say little", file=sys.stderr)
     facts = {
         "model": Path(path).name,
         "dtype": "bfloat16",
         "threads": options.threads,
         "isa": libraries[0].model.isa_detail,
         "cpu": cpu_name(),
+        "load_at_start": round(load, 1),
         "date": datetime.date.today().isoformat(),
     }
     rows = rows_of(measure(libraries, ids, options.rounds), libraries, facts)

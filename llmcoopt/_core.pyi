@@ -69,8 +69,9 @@ class Engine:
     ) -> int:
         """Queues a request; returns its number."""
 
-    def step(self) -> list[tuple[int, int, float, str | None, Exception | None]]:
-        """Runs one step: (request, token or -1, logprob, finish reason or None, exception or None), at most one event a request."""
+    def step(self, events: list[tuple[int, int, float, str | None, Exception | None]]) -> None:
+        """Runs one step and appends to `events`, at most one a request: (request, token or -1, logprob, finish reason or None, exception or
+        None). They are in the list before it returns, so an interrupt can't lose them."""
 
     def cancel(self, request: int) -> None: ...
     def stats(self) -> dict[str, Any]: ...

@@ -112,9 +112,9 @@ class Sequence:
         self._core.free()
         del self._ids[:]
 
-    def _extend(self, ids) -> None:
-        """Notes the ids that the core appended: as many of `ids` as its length grew by."""
-        self._ids.extend(int(i) for i in ids[: len(self) - len(self._ids)])
+    def _note(self, start: int, ids) -> None:
+        """Notes which ids the core holds from `start` on. May be called again after an interrupt."""
+        self._ids[start:] = array("i", ids[: len(self) - start])
 
     def __repr__(self):
         try:

@@ -111,17 +111,19 @@ class Generation:
 
     Attributes: ids (new tokens so far), logprobs (of each under the model's raw distribution), finish_reason (None while running, then "eos",
     "length", "stop" or "cancelled"), text (with a tokenizer; stop strings cut off), seed, stats. Iterate it, or call run(), or pieces() for
-    text as it comes. close() ends it early and returns its pages; so does a `with` block.
+    text as it comes. After Ctrl-C it can go on: no token is lost. close() ends it early and returns its pages; so does a `with` block.
     """
+
+    # The core puts events into _events before it returns; all else is derived from them, so an interrupt at any point leaves this consistent.
 
     def __init__(self, model, prompt, options: Options, cache, sequence, tokenizer, stop_strings):
         self.model, self.tokenizer = model, tokenizer
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
         self.finish_reason: str | None = None
-        self._text: list[str] = []
-        self._stream = TextStream(tokenizer, stop=stop_strings) if tokenizer is not None else None
-        self._given = sequence
+        self._events: list[tuple] = []
+        self._given = 0  # events that were handed out
+        self._text = _Text(tokenizer, stop_strings) if tokenizer is not None else None
+        self._sequence = sequence
+        self._held = len(sequence) if sequence is not None else 0
         request = options.request(prompt, model, sequence)
         self.prompt = prompt.tolist()
         self.seed = request["seed"] if request["do_sample"] else None
@@ -133,9 +135,10 @@ class Generation:
             request["sequence"] = self._core_sequence = self.cache._core.sequence()
         self._engine = _core.Engine(self.cache._core, max_batch=1)
         self._started, self._first, self._last = time.perf_counter(), None, None
-        self._engine_stats: dict = {}
+        self._final_stats: dict = {}
+        self._closed = False
         try:
-            self._request = self._engine.add(**request)
+            self._engine.add(**request)
         except BaseException:
             self.close()
             raise
@@ -145,49 +148,49 @@ class Generation:
         return self
 
     def __next__(self) -> int:
-        if self.finish_reason is not None:
-            raise StopIteration
-        events = []
-        while not events:
-            events = self._engine.step()
-        _, token, logprob, finish, error = events[0]
+        while self._given == len(self._events):
+            if self.finish_reason is not None:
+                raise StopIteration
+            self._engine.step(self._events)
+        _, token, _, finish, error = self._events[self._given]
         self._last = time.perf_counter()
         self._first = self._first or self._last
         if error is not None:
             self._finish("error")
             raise error
-        if token >= 0:
-            self.ids.append(token)
-            self.logprobs.append(logprob)
-            if self._stream is not None and finish != "eos":
-                self._text.append(self._stream.put(token))
-                if self._stream.stopped:
-                    finish = "stop"
+        if self._text is not None and self._text.feed(self._events).stopped:
+            finish = "stop"
         if finish is not None:
             self._finish(finish)
+        self._given += 1
         if token < 0:
             raise StopIteration
         return token
 
+    @property
+    def ids(self) -> list[int]:
+        return [event[1] for event in self._events if event[1] >= 0]
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [event[2] for event in self._events if event[1] >= 0]
+
     def _finish(self, reason: str) -> None:
-        if self.finish_reason is None:
-            self.finish_reason = reason
-            if self._stream is not None and reason != "stop":
-                self._text.append(self._stream.finish())
-            self.close()
+        if self._text is not None:
+            self._text.feed(self._events, last=True)
+        self.finish_reason = self.finish_reason or reason
+        self.close()
 
     def pieces(self):
         """Text as it comes: yields strings whose concatenation is `text`. Needs a tokenizer."""
-        if self._stream is None:
+        if self._text is None:
             raise ArgumentError("pieces() needs text: pass tokenizer= to generate")
         shown = 0
         for _ in self:
-            text = self.text
-            if len(text) > shown:
-                yield text[shown:]
-                shown = len(text)
-        if len(self.text) > shown:
-            yield self.text[shown:]
+            pieces = self._text.pieces
+            new, shown = "".join(pieces[shown:]), len(pieces)
+            if new:
+                yield new
 
     def run(self) -> "Generation":
         """Generates to the end; returns self."""
@@ -198,9 +201,7 @@ class Generation:
     @property
     def text(self) -> str:
         """The new text so far, whole characters only, without what may be the beginning of a stop string."""
-        if len(self._text) > 1:
-            self._text = ["".join(self._text)]
-        return self._text[0] if self._text else ""
+        return "".join(self._text.feed(self._events, last=self._closed).pieces) if self._text is not None else ""
 
     @property
     def stats(self) -> dict:
@@ -212,24 +213,26 @@ class Generation:
             "time_to_first_token": first - self._started if first else None,
             "prompt_tokens_per_second": len(self.prompt) / (first - self._started) if first else None,
             "decode_tokens_per_second": (n - 1) / (last - first) if n > 1 and last > first else None,
-            "cache": self._engine_stats.get("cache") or self.cache.stats(),
-            "engine": self._engine_stats.get("engine") or self._engine.stats(),
+            **(self._final_stats or self._core_stats()),
         }
+
+    def _core_stats(self) -> dict:
+        return {"cache": self.cache.stats(), "engine": self._engine.stats()}
 
     def close(self) -> None:
         """Ends the generation and returns its pages (a sequence that was passed keeps its tokens)."""
-        if self._engine_stats:
+        if self._closed:
             return
-        if self.finish_reason is None:
-            self.finish_reason = "cancelled"
-        self._engine_stats = {"engine": self._engine.stats(), "cache": self.cache.stats()}
+        self.finish_reason = self.finish_reason or "cancelled"
+        self._final_stats = self._final_stats or self._core_stats()
         self._engine.close()
-        if self._given is not None:
-            self._given._extend(self.prompt + self.ids)
+        if self._sequence is not None:
+            self._sequence._note(self._held, self.prompt + self.ids)
         else:
             self._core_sequence.free()
         if self._own_cache:
             self.cache.close()
+        self._closed = True
 
     def __enter__(self):
         return self
@@ -240,6 +243,38 @@ class Generation:
     def __repr__(self):
         state = self.finish_reason or "running"
         return f"Generation({len(self.prompt)} prompt + {len(self.ids)} new tokens, {state})"
+
+
+class _Text:
+    """The text of a growing list of events, in pieces. Begins again when an interrupt came into the middle of its work."""
+
+    def __init__(self, tokenizer, stop_strings):
+        self._make = lambda: TextStream(tokenizer, stop=stop_strings)
+        self._begin()
+
+    def _begin(self):
+        self._stream = self._make()
+        self.pieces: list[str] = []
+        self._fed, self._ended, self._busy = 0, False, False
+
+    def feed(self, events: list[tuple], last: bool = False) -> "_Text":
+        if self._busy:
+            self._begin()
+        self._busy = True
+        while self._fed < len(events) and not self.stopped:
+            _, token, _, finish, _ = events[self._fed]
+            if token >= 0 and finish != "eos":
+                self.pieces.append(self._stream.put(token))
+            self._fed += 1
+        if last and not self._ended and not self.stopped:
+            self.pieces.append(self._stream.finish())
+            self._ended = True
+        self._busy = False
+        return self
+
+    @property
+    def stopped(self) -> bool:
+        return self._stream.stopped
 
 
 def generate(model, ids, *, tokenizer=None, stop_strings=None, cache=None, sequence: Sequence | None = None, **options) -> Generation:
@@ -349,7 +384,9 @@ def _run_batch(model, cache, requests, max_batch, keep_errors, progress) -> Gene
         rows = {engine.add(**request): i for i, request in enumerate(requests)}
         with tqdm(total=n, unit="prompt", disable=not progress) as bar:
             while rows:
-                for request, token, logprob, finish, error in engine.step():
+                events = []
+                engine.step(events)
+                for request, token, logprob, finish, error in events:
                     i = rows[request]
                     if error is not None and not keep_errors:
                         raise error

@@ -214,26 +214,31 @@ static PyObject *event_tuple(engine_object *self, const lco_event *event)
                          event->finish == LCO_FINISH_NONE ? NULL : FINISH_NAMES[event->finish], error != NULL ? error : Py_NewRef(Py_None));
 }
 
-static PyObject *engine_step(engine_object *self, PyObject *Py_UNUSED(arg))
+/* Events go into the caller's list before this returns: a signal that arrives meanwhile can't lose them. */
+static PyObject *engine_step(engine_object *self, PyObject *list)
 {
     lco_error err;
     lco_status status;
     int64_t n = 0;
     if (open_engine(self) == NULL)
         return NULL;
+    if (!PyList_Check(list)) {
+        PyErr_SetString(PyExc_TypeError, "events: expected a list");
+        return NULL;
+    }
     LOCKED(self->cache->model, status = self->cache->model->model == NULL
                                             ? lco_fail(&err, LCO_EINVAL, "this model was closed by another thread")
                                             : lco_engine_step(self->engine, self->events, self->cap, &n, &err));
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
-    PyObject *list = PyList_New(0);
-    for (int64_t i = 0; i < n && list != NULL; i++) {
+    for (int64_t i = 0; i < n; i++) {
         PyObject *event = event_tuple(self, &self->events[i]);
-        if (event == NULL || PyList_Append(list, event) != 0)
-            Py_CLEAR(list);
+        int result = event != NULL ? PyList_Append(list, event) : -1;
         Py_XDECREF(event);
+        if (result != 0)
+            return NULL;
     }
-    return list;
+    Py_RETURN_NONE;
 }
 
 static PyObject *engine_cancel(engine_object *self, PyObject *arg)
@@ -279,8 +284,8 @@ static PyMethodDef methods[] = {
      "add(prompt, max_new_tokens, eos, ignore_eos, min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed, "
      "sequence, "
      "history)\n--\n\nQueue a request; returns its number. prompt, eos and history are int32 arrays."},
-    {"step", (PyCFunction)(void (*)(void))engine_step, METH_NOARGS,
-     "step()\n--\n\nRun one step; returns a list of (request, token, logprob, finish or None, exception or None)."},
+    {"step", (PyCFunction)(void (*)(void))engine_step, METH_O,
+     "step(events)\n--\n\nRun one step; appends (request, token, logprob, finish or None, exception or None) to the list `events`."},
     {"cancel", (PyCFunction)(void (*)(void))engine_cancel, METH_O, "cancel(request)\n--\n\nEnd a request at once and return its pages."},
     {"stats", (PyCFunction)(void (*)(void))engine_stats, METH_NOARGS, "stats()\n--\n\nSteps, tokens, queue lengths and seconds as a dict."},
     {"check", (PyCFunction)(void (*)(void))engine_check, METH_NOARGS, "check()\n--\n\nProve the engine's invariants."},

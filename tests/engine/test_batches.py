@@ -38,7 +38,9 @@ def run(model, todo, max_batch=8, chunk=512, max_tokens=4096):
         rows = {engine.add(**request): ([], []) for request in todo}
         running = len(rows)
         while running:
-            for request, token, logprob, finish, error in engine.step():
+            events = []
+            engine.step(events)
+            for request, token, logprob, finish, error in events:
                 assert error is None, error
                 rows[request][0].append(token)
                 rows[request][1].append(logprob)

@@ -2,7 +2,8 @@ import numpy as np
 import oracle
 import pytest
 
-# Rounding model: the sum of squares adds at most k / 8 roundings a lane, all of one sign; halved by the root. Observed: 1.2 + k / 8000 EPS.
+# Rounding model in EPS of the result: 4 for root, quotient and products, and the sum's, which grow with the additions in a lane
+# (k / 32, halved by the root, mostly cancelling). Observed: 0.8 of it, 0.25 for ref.
 BOUND = 4
 
 

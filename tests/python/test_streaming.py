@@ -1,6 +1,7 @@
 """TextStream: the pieces join to the whole text, and stop strings never leak."""
 
 import gzip
+import json
 import random
 import time
 
@@ -158,6 +159,25 @@ def test_ids_beyond_the_vocabulary_give_no_text():
     """Models pad their vocabulary, and may sample what the tokenizer does not know."""
     tokenizer = fragments("a", "b")
     assert run(tokenizer, [0, 5, 1])[0] == ["a", "", "b", ""]
+
+
+def test_a_special_or_missing_token_first_costs_no_blank(data):
+    tokenizer = Tokenizer.from_pretrained(data / "tokenizers" / "llama2.tokenizer.model")
+    ids = tokenizer.encode("a b", add_special_tokens=False)
+    assert run(tokenizer, [99999, 1, *ids])[0] == ["", "", "a", " b", ""]
+
+
+def test_characters_of_a_decoder_that_is_no_rule_of_bytes(data, tmp_path):
+    """A decoder with a regular expression goes through the library, token by token."""
+    content = json.loads((data / "tokenizers" / "hf-tiny-cases" / "tiny_bpe_metaspace_tokenizer.json").read_text())
+    content["decoder"]["decoders"][0]["pattern"] = {"Regex": "\u2581"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("a \u20ac\u4f60 b\U0001f600", add_special_tokens=False)
+    pieces, _ = run(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == "a \u20ac\u4f60 b\U0001f600"
+    assert "\ufffd" not in "".join(pieces)
+    assert run(tokenizer, ids[:-1])[0][-1] == "\ufffd" * 3
 
 
 def test_wrong_arguments():

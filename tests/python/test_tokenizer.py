@@ -676,6 +676,21 @@ def test_broken_gguf_metadata(changes, error, text):
     assert "m.gguf" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [1, 2], ids=["unigram", "bpe"])
+def test_hand_made_models_equal_sentencepiece(tmp_path, kind):
+    """No piece for the space mark: runs of unknown text across words are one id. A user-defined piece that wins narrowly over two others."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    scores = {"a": -0.5, "b": -1.0, "c": -2.0, "bc": -1.42, "d": -2.1, "bd": -1.42}
+    raw = UNKNOWN_PIECE + piece(b"<s>", kind=3) + piece(b"</s>", kind=3) + piece(b"ab", kind=4)
+    raw += b"".join(piece(text.encode(), struct.pack("<f", score)) for text, score in scores.items())
+    raw += field(2, 2, field(3, 0, varint(kind)))
+    (tmp_path / "tokenizer.model").write_bytes(raw)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=raw)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    for text in ["abc", "abd", "x y", "x  y z a", " x", "abcabdab b", "aab x abd"]:
+        assert tokenizer.encode(text, False, parse_special=False) == reference.encode(text), text
+
+
 def test_broken_merges_and_unknown_pre():
     metadata = small_metadata(model="gpt2", merges=["a zz"], pre="default")
     with pytest.raises(errors.FormatError, match="tokenizers library cannot use it"):

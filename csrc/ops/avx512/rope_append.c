@@ -1,6 +1,3 @@
 #include "../simd/rope_append.h"
 
-lco_status lco_avx512_rope_append(const lco_rope_append_args *args)
-{
-    return rope_append(args);
-}
+lco_status lco_avx512_rope_append(const lco_rope_append_args *args) { return rope_append(args); }

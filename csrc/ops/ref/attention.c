@@ -1,7 +1,7 @@
 #include <math.h>
 
-#include "../impl.h"
 #include "../../base/convert.h"
+#include "../impl.h"
 
 typedef struct {
     const lco_attention_args *args;

@@ -1,5 +1,5 @@
-#include "../impl.h"
 #include "../../base/convert.h"
+#include "../impl.h"
 
 static void embed_rows(void *ctx, int64_t begin, int64_t end, int thread)
 {

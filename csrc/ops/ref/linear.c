@@ -1,5 +1,5 @@
-#include "../impl.h"
 #include "../../base/convert.h"
+#include "../impl.h"
 
 typedef struct {
     const lco_linear_args *args;
