@@ -56,7 +56,7 @@ def run(model, tokenizer, prompt: str | None, options: dict, as_json: bool = Fal
         if advice.get("do_sample") and advice.get(name) is not None and options.get(name) in (None, 1.0):
             options[name] = advice[name]
     if options.get("seed") is None and not is_chat:
-        options["seed"] = 7  # the same story every time
+        options["seed"] = 1  # the same story every time
     started = time.perf_counter()
     if is_chat:
         generation = ChatSession(model, tokenizer, **options).ask(prompt)

@@ -26,6 +26,9 @@ lco_cpu lco_cpu_detect(void)
 {
     lco_cpu cpu = {0};
     uint32_t a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d))
+        return cpu;
+    const bool amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) /* OSXSAVE */
         return cpu;
     bool fma = bit(c, 12), avx = bit(c, 28), f16c = bit(c, 29);
@@ -40,6 +43,7 @@ lco_cpu lco_cpu_detect(void)
     cpu.avx512_vnni = cpu.avx512 && bit(c7, 11);
     cpu.avx512_fp16 = cpu.avx512 && bit(d7, 23);
     cpu.avx512_bf16 = cpu.avx512 && bit(a71, 5);
+    cpu.fast_bf16 = cpu.avx512_bf16 && amd;
     if (cpu.avx512_bf16 && bit(d7, 24) && (state & XCR0_TILE) == XCR0_TILE &&
         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) {
         cpu.amx_bf16 = bit(d7, 22);

@@ -34,7 +34,7 @@ static const lco_ops AVX2 = {
 };
 static const lco_ops AVX512 = {.name = "avx512", .detail = "AVX-512", .linear = lco_avx512_linear, AVX512_COMMON};
 static const lco_ops AVX512_BF16 = {.name = "avx512", .detail = "AVX-512 with BF16", .linear = lco_avx512_linear_bf16, AVX512_COMMON};
-static const lco_ops AMX = {.name = "amx", .detail = "AVX-512, AMX bf16 tiles", .linear = lco_amx_linear, AVX512_COMMON};
+static const lco_ops AMX = {.name = "amx", .detail = "AVX-512, AMX with BF16 tiles", .linear = lco_amx_linear, AVX512_COMMON};
 #endif
 
 #define MAX_TABLES 4
@@ -49,7 +49,7 @@ static int usable(const lco_ops **tables)
     if (cpu.avx2)
         tables[n++] = &AVX2;
     if (cpu.avx512)
-        tables[n++] = cpu.avx512_bf16 ? &AVX512_BF16 : &AVX512;
+        tables[n++] = cpu.fast_bf16 ? &AVX512_BF16 : &AVX512;
     if (cpu.amx_bf16)
         tables[n++] = &AMX;
 #endif

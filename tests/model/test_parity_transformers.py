@@ -1,7 +1,7 @@
 """The C core against transformers: float32, CPU, small random models of every architecture and rope kind, odd sizes throughout.
 
 The bound is 2e-5 of a row's largest logit. Both sides round every product and sum to float32 in an order of their own, and angles of rope
-may differ by one unit in the last place of the frequency, times the position. Observed: 5.0e-6."""
+may differ by one unit in the last place of the frequency, times the position. Observed: 5.0e-6 at 100 tokens, 1.0e-5 at 1100."""
 
 import json
 import math

@@ -16,7 +16,7 @@ STORY = """Once upon a time, there was a little girl named Sue. She had a small 
 strong, and the boat went far away.
 "Oh no! My boat!" said Sue. She was very sad. A big duck saw her and said, "Don't cry. I can help you."
 The duck swam to the boat and pushed it back. Sue was so happy. "Thank you, duck!" she said. They played together all day."""
-LOSS_BOUND = 2.0  # nats a token; observed 1.924. One output projection with its rows rolled by one gives 2.10, rope theta 100 gives 2.50.
+LOSS_BOUND = 1.8  # nats a token; observed 1.704. One output projection with its rows rolled by one gives 1.93, rope theta 100 gives 3.20.
 
 
 @pytest.fixture(scope="module")

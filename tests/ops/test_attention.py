@@ -121,11 +121,12 @@ def test_a_row_reads_nothing_past_its_position(ctx, rng):
     case = Case(rng, 90, 3, 1)
     clean = case.rows(ctx, 0, 90, True)
     nan = np.full((5, 1, 64), np.nan, np.float32)
-    case.pages.write(case.table, 1, nan, nan, start=85)
-    poisoned = case.rows(ctx, 0, 90, True)
-    assert np.array_equal(poisoned[:85], clean[:85])
-    assert np.isnan(poisoned[85:]).all(), "a NaN in the cache must show"
-    assert np.isnan(case.rows(ctx, 89, 1, False)).all()
+    for k, v in ((nan, case.v[85:]), (case.k[85:], nan), (nan, nan)):
+        case.pages.write(case.table, 1, k, v, start=85)
+        poisoned = case.rows(ctx, 0, 90, True)
+        assert np.array_equal(poisoned[:85], clean[:85])
+        assert np.isnan(poisoned[85:]).all(), "a NaN in the cache must show"
+        assert np.isnan(case.rows(ctx, 89, 1, False)).all()
 
 
 @pytest.mark.parametrize("window", [0, 45])
@@ -193,8 +194,8 @@ def test_strided_rows(ctx, rng):
 
 
 @pytest.mark.parametrize("prompt", [False, True])
-def test_pages_beyond_two_gib(ctx, rng, prompt, tmp_path):
-    d, layers, n_pages = 128, 40, 2050  # 1,310,720 bytes a page
+def test_pages_beyond_four_gib(ctx, rng, prompt, tmp_path):
+    d, layers, n_pages = 128, 40, 3300  # 1,310,720 bytes a page
     pool = oracle.Pages(1, layers, 1, d, 64, "bfloat16")
     data = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=n_pages * pool.page_bytes)
     table = np.array([n_pages - 1, 5], np.int32)
@@ -218,6 +219,26 @@ def test_refusals(ctx, rng):
         ctx.attention(out[:19], case.q, n_kv_heads=1, **case.pages.where, layer=0, items=[], scale=1.0)
     with pytest.raises(ValueError, match="window is -1"):
         ctx.attention(out, case.q, n_kv_heads=1, **case.pages.where, layer=0, items=[], scale=1.0, window=-1)
+
+
+def test_scratch_that_cannot_be_had(isa, rng):
+    from llmcoopt import _core
+
+    case = Case(rng, 700)
+    items = [case.item(0, 699, 0, True), case.item(699, 1, 699, False)]
+    right = case.run(_core.OpContext(isa=isa), case.q, items)
+    for nth in range(1, 20):
+        ctx = _core.OpContext(isa=isa)
+        _core.mem_fail_at(nth)
+        try:
+            assert np.array_equal(case.run(ctx, case.q, items), right)
+            break
+        except MemoryError as error:
+            assert "scratch memory" in str(error)
+        finally:
+            _core.mem_fail_at(0)
+        assert np.array_equal(case.run(ctx, case.q, items), right), "the context can be used again"
+    assert 1 < nth < 19
 
 
 def test_one_context_refuses_two_threads_at_once(isa, rng):

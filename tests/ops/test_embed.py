@@ -21,11 +21,11 @@ def test_all_half_values(ctx, dtype):
     assert np.array_equal(np.signbit(out), np.signbit(oracle.decode(codes, dtype)))
 
 
-def test_table_beyond_two_gib(ctx, tmp_path):
-    table = np.memmap(tmp_path / "sparse", np.uint16, "w+", shape=(70_000, 16_384))  # 2.3e9 bytes, 4 KiB of them on disk
-    table[69_999, 5] = 0x3F80
+def test_table_beyond_four_gib(ctx, tmp_path):
+    table = np.memmap(tmp_path / "sparse", np.uint16, "w+", shape=(140_000, 16_384))  # 4.6e9 bytes, 4 KiB of them on disk
+    table[139_999, 5] = 0x3F80
     out = np.empty((1, 16_384), np.float32)
-    ctx.embed(out, np.array([69_999], np.int32), table, "bfloat16")
+    ctx.embed(out, np.array([139_999], np.int32), table, "bfloat16")
     assert out[0, 5] == 1 and np.count_nonzero(out) == 1
 
 

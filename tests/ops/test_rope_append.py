@@ -98,8 +98,8 @@ def test_strided_rows(ctx, rng):
     assert np.array_equal(one.data, other.data)
 
 
-def test_page_beyond_two_gib(ctx, rng, tmp_path):
-    d, layers, pages = 128, 40, 2050  # 1,310,720 bytes a page
+def test_page_beyond_four_gib(ctx, rng, tmp_path):
+    d, layers, pages = 128, 40, 3300  # 1,310,720 bytes a page
     pool = oracle.Pages(1, layers, 1, d, 64, "bfloat16")
     data = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=pages * pool.page_bytes)
     q, k, v = inputs(rng, 1, 1, 1, d)

@@ -199,14 +199,17 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("path", ["tokenizers/gpt2.tokenizer.json", "tokenizers/hf-tiny-cases/tiny_wordpiece_tokenizer.json"])
 def test_a_token_costs_the_same_late_as_early(data, path):
-    """20,000 tokens: the last quarter takes no longer than the first (factor 4 for noise; a quadratic stream would take 7 times as long)."""
+    """20,000 tokens: the last quarter takes no longer than the first (the best of three tries, factor 4 for noise; a quadratic stream needs 7)."""
     tokenizer = Tokenizer.from_pretrained(data / path)
     ids = [300 % len(tokenizer), 40, 50, 60] * 5000
-    stream = TextStream(tokenizer, stop=["never there"])
-    quarters = []
-    for quarter in range(4):
-        started = time.perf_counter()
-        for i in ids[quarter * 5000 : (quarter + 1) * 5000]:
-            stream.put(i)
-        quarters.append(time.perf_counter() - started)
-    assert quarters[3] < 4 * quarters[0] + 0.05
+    ratios = []
+    for _ in range(3):
+        stream = TextStream(tokenizer, stop=["never there"])
+        quarters = []
+        for quarter in range(4):
+            started = time.perf_counter()
+            for i in ids[quarter * 5000 : (quarter + 1) * 5000]:
+                stream.put(i)
+            quarters.append(time.perf_counter() - started)
+        ratios.append(quarters[3] / quarters[0])
+    assert min(ratios) < 4, ratios

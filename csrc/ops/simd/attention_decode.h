@@ -5,12 +5,13 @@
 enum { MAX_HEADS = 4, HEADS_AT_ONCE = VL == 16 ? MAX_HEADS : 2 }; /* with four positions: as many sums as there are registers for */
 
 typedef struct {
-    const uint8_t *keys, *values;           /* codes of the first position */
-    int64_t n, d, d_pad;                    /* positions, 1..BLOCK; head size */
-    const float *q;                         /* [heads, d_pad], scaled, zero beyond d */
-    float *sums;                            /* [heads, d_pad] */
-    float *largest, *total;                 /* [heads] */
-    const uint8_t *next_keys, *next_values; /* read after these; prefetched, for every few heads again: that spreads the requests */
+    const uint8_t *keys, *values; /* codes of the first position */
+    int64_t n, d, d_pad;          /* positions, 1..BLOCK; head size */
+    const float *q;               /* [heads, d_pad], scaled, zero beyond d */
+    float *sums;                  /* [heads, d_pad] */
+    float *largest, *total;       /* [heads] */
+    const uint8_t *next_keys,
+        *next_values; /* read after these: prefetched, by every few heads again, which spreads the requests; NULL: not */
 } decode_block;
 
 INLINE void prefetch(const uint8_t *p, size_t bytes)
@@ -19,8 +20,9 @@ INLINE void prefetch(const uint8_t *p, size_t bytes)
         _mm_prefetch((const char *)p + i, _MM_HINT_T1);
 }
 
-/* scores[g][t] = q[g] . key[t] for heads g and four positions at a time. */
-INLINE void block_scores(const decode_block *b, lco_dtype dtype, int heads, float scores[MAX_HEADS][BLOCK])
+/* scores[g][t] = q[g] . key[t] for heads g and four positions at a time. Heads of a group share each load, four rows side by side, and what
+ * is read next is asked for by software (`ahead`); a head alone reads row after row, which the hardware prefetches better by itself. */
+INLINE void block_scores(const decode_block *b, lco_dtype dtype, int heads, bool ahead, float scores[MAX_HEADS][BLOCK])
 {
     const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
     const int64_t whole = b->d / VL * VL;
@@ -28,19 +30,25 @@ INLINE void block_scores(const decode_block *b, lco_dtype dtype, int heads, floa
         const uint8_t *key[4];
         for (int64_t j = 0; j < 4; j++) /* past the end: the last one again */
             key[j] = b->keys + (size_t)(t + j < b->n ? t + j : b->n - 1) * row;
-        prefetch(b->next_keys + (size_t)t * row, 4 * row);
         vf acc[MAX_HEADS][4];
         for (int g = 0; g < heads; g++)
             for (int j = 0; j < 4; j++)
                 acc[g][j] = v_zero();
-        for (int64_t i = 0; i < whole; i += VL) {
-            vf k[4];
+        if (!ahead) {
             for (int j = 0; j < 4; j++)
-                k[j] = v_load_as(key[j], i, dtype);
-            for (int g = 0; g < heads; g++) {
-                vf q = v_load(b->q + g * b->d_pad + i);
+                for (int64_t i = 0; i < whole; i += VL)
+                    acc[0][j] = v_fma(v_load(b->q + i), v_load_as(key[j], i, dtype), acc[0][j]);
+        } else {
+            prefetch(b->next_keys + (size_t)t * row, 4 * row);
+            for (int64_t i = 0; i < whole; i += VL) {
+                vf k[4];
                 for (int j = 0; j < 4; j++)
-                    acc[g][j] = v_fma(q, k[j], acc[g][j]);
+                    k[j] = v_load_as(key[j], i, dtype);
+                for (int g = 0; g < heads; g++) {
+                    vf q = v_load(b->q + g * b->d_pad + i);
+                    for (int j = 0; j < 4; j++)
+                        acc[g][j] = v_fma(q, k[j], acc[g][j]);
+                }
             }
         }
         if (whole < b->d) {
@@ -102,33 +110,35 @@ INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int 
             v_store(b->sums + g * b->d_pad + i + c * VL, acc[g][c]);
 }
 
-INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads)
+INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads, bool ahead)
 {
     const int wide = heads == 1 ? 8 : heads == 2 ? VL / 2 : 4; /* vectors of values */
     float scores[MAX_HEADS][BLOCK], factor[MAX_HEADS];
-    block_scores(b, dtype, heads, scores);
+    block_scores(b, dtype, heads, ahead, scores);
     for (int g = 0; g < heads; g++)
         factor[g] = block_softmax(scores[g], b->n, &b->largest[g], &b->total[g]);
     int64_t i = 0;
     for (; i + wide * VL <= b->d; i += wide * VL)
-        weigh_values(b, dtype, heads, wide, i, VL, factor, scores, i == 0);
+        weigh_values(b, dtype, heads, wide, i, VL, factor, scores, ahead && i == 0);
     for (; i + VL <= b->d; i += VL)
-        weigh_values(b, dtype, heads, 1, i, VL, factor, scores, i == 0);
+        weigh_values(b, dtype, heads, 1, i, VL, factor, scores, ahead && i == 0);
     if (i < b->d)
-        weigh_values(b, dtype, heads, 1, i, b->d - i, factor, scores, i == 0);
+        weigh_values(b, dtype, heads, 1, i, b->d - i, factor, scores, ahead && i == 0);
 }
 
 #define ATTEND(name, dtype)                                                                                                                \
     static void name(const decode_block *b, int64_t heads)                                                                                 \
     {                                                                                                                                      \
-        if (heads == 1)                                                                                                                    \
-            attend_block(b, dtype, 1);                                                                                                     \
+        if (b->next_keys == NULL)                                                                                                          \
+            attend_block(b, dtype, 1, false);                                                                                              \
+        else if (heads == 1)                                                                                                               \
+            attend_block(b, dtype, 1, true);                                                                                               \
         else if (heads == 2)                                                                                                               \
-            attend_block(b, dtype, 2);                                                                                                     \
+            attend_block(b, dtype, 2, true);                                                                                               \
         else if (HEADS_AT_ONCE > 2 && heads == 3)                                                                                          \
-            attend_block(b, dtype, 3);                                                                                                     \
+            attend_block(b, dtype, 3, true);                                                                                               \
         else                                                                                                                               \
-            attend_block(b, dtype, HEADS_AT_ONCE);                                                                                         \
+            attend_block(b, dtype, HEADS_AT_ONCE, true);                                                                                   \
     }
 ATTEND(attend_f32, LCO_F32)
 ATTEND(attend_f16, LCO_F16)
@@ -180,8 +190,8 @@ static void decode_unit(const attention_job *job, const unit *u, float *scaled)
                 stop = (t / BLOCK + 1) * BLOCK < end ? (t / BLOCK + 1) * BLOCK : end;
                 const size_t offset = (size_t)(t * d) * code_bytes;
                 decode_block b = {.keys = keys + offset, .values = values + offset, .n = stop - t, .d = d, .d_pad = job->d_pad};
-                b.next_keys = next_keys + offset;
-                b.next_values = next_values + offset;
+                b.next_keys = group > 1 ? next_keys + offset : NULL;
+                b.next_values = group > 1 ? next_values + offset : NULL;
                 for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
                     b.q = scaled + (h * group + g) * job->d_pad;
                     b.sums = sums + (h * group + g) * job->d_pad;
