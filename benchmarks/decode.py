@@ -3,8 +3,9 @@
 
 `python benchmarks/decode.py` times models with random bfloat16 weights in the shapes below; a folder or .gguf file times that model instead.
 A decode step must read every weight matrix once (of the embedding only rows, unless it is the head too) and the cache of every sequence; the
-share is these bytes over the median step time, divided by the read bandwidth measured in the same run (roofline.py). Steps are timed from
-Python, so they include all there is. Writes results/decode_<date>.csv.
+share is these bytes over the step time, divided by the read bandwidth (roofline.py). Machines are noisy, so steps and probes of the machine
+alternate: every few steps the bandwidth is measured again, every prompt is followed by a measurement of the arithmetic, and shares are medians
+over these rounds. Steps are timed from Python, so they include all there is. Writes results/decode_<date>.csv.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from llmcoopt import _core
 from llmcoopt.generation import Options
 
 CHUNK = 512  # prompt tokens of a step
+ROUND = 6  # decode steps between two probes of the bandwidth
+PROMPTS = 5  # prompts timed
 # vocabulary, hidden, ffn, layers, heads, kv heads, tied head
 SHAPES = {
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True),
@@ -106,40 +109,74 @@ def peak_unit(model: llmcoopt.Model) -> str:
     return "avx2 f32"
 
 
-def run(model: llmcoopt.Model, batch: int, prompt: int, new: int, sampling: dict) -> dict:
-    """Times one batch: `batch` prompts of `prompt` tokens, then `new` steps or more in which all of them decode."""
+class Probe:
+    """Measures the machine, on the threads that the model uses."""
+
+    def __init__(self, model: llmcoopt.Model):
+        self.data, self.threads, self.unit = np.ones(roofline.READ_BYTES // 8), model.threads, peak_unit(model)
+        rates = {ahead: roofline.read_bandwidth(self.data, self.threads, ahead, 3) for ahead in roofline.AHEAD}
+        self.ahead = sorted(rates, key=rates.get)[-2:]  # the loops that are worth repeating
+
+    def read(self) -> float:
+        return max(roofline.read_bandwidth(self.data, self.threads, ahead, 1) for ahead in self.ahead)
+
+    def peak(self) -> float:
+        return roofline.peak_flops(self.unit, self.threads, 2)
+
+
+def time_prompts(model: llmcoopt.Model, prompt: int, probe: Probe) -> dict:
+    """One prompt of one sequence, several times, each followed by a probe."""
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, prompt).astype(np.int32)
+    seconds, shares = [], []
+    with llmcoopt.KVCache(model, max_tokens=prompt) as cache:
+        for _ in range(PROMPTS):
+            sequence = cache.sequence()
+            began = time.perf_counter()
+            model.forward(ids, sequence, last_only=True)
+            seconds.append(time.perf_counter() - began)
+            sequence.free()
+            shares.append(prompt_flops(model, prompt) / seconds[-1] / probe.peak())
+    median = float(np.median(seconds))
+    return {"prompt": prompt, "prompt_tok_s": prompt / median, "prompt_gflop_s": prompt_flops(model, prompt) / median / 1e9} | {
+        "of_peak": float(np.median(shares))
+    }
+
+
+def time_decode(model: llmcoopt.Model, batch: int, prompt: int, new: int, sampling: dict, probe: Probe) -> dict:
+    """`batch` sequences that hold `prompt` tokens decode `new` steps, in rounds of a probe and some steps."""
     rng = np.random.default_rng(1)
     most = new + -(-batch * prompt // CHUNK)  # the first sequences decode while the last prompts are computed
     with llmcoopt.KVCache(model, max_tokens=batch * (prompt + most + 64)) as cache:
         engine = _core.Engine(cache._core, batch, CHUNK)
         options = Options(max_new_tokens=most, ignore_eos=True, **sampling)
-        prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).astype(np.int32)
-        ids = [engine.add(**options.request(ids, model)) for ids in prompts]
-        start, waiting = time.perf_counter(), set(ids)
+        waiting = {
+            engine.add(**options.request(rng.integers(0, model.config.vocab_size, prompt).astype(np.int32), model)) for _ in range(batch)
+        }
         while waiting:  # for the first token of every prompt
             events = []
             engine.step(events)
             waiting -= {event[0] for event in events}
-        first = time.perf_counter()
-        before, steps = engine.stats(), []
+        before, steps, shares = engine.stats(), [], []
+        need = step_bytes(model, batch * (prompt + new / 2), cache.stats()["bytes_per_token"])
         while engine.stats()["running"] == batch:
-            began = time.perf_counter()
-            engine.step([])
-            steps.append(time.perf_counter() - began)
-        after, per_token = engine.stats(), cache.stats()["bytes_per_token"]
+            read = probe.read()
+            for _ in range(ROUND):
+                began = time.perf_counter()
+                engine.step([])
+                steps.append(time.perf_counter() - began)
+            shares.append(need / float(np.median(steps[-ROUND:])) / read)
+        after = engine.stats()
         engine.close()
     spent = {k: after[k] - before[k] for k in ("forward_seconds", "sample_seconds", "other_seconds")}
     total, median = sum(steps), float(np.median(steps))
     return {
         "batch": batch,
-        "prompt": prompt,
         "new": new,
-        "prompt_tok_s": batch * prompt / (first - start),
-        "prompt_gflop_s": batch * prompt_flops(model, prompt) / (first - start) / 1e9,
-        "decode_tok_s": batch * len(steps) / total,
+        "decode_tok_s": batch / median,
         "step_ms": median * 1e3,
         "step_p95_ms": float(np.percentile(steps, 95)) * 1e3,
-        "gb_s": step_bytes(model, batch * (prompt + new / 2), per_token) / median / 1e9,
+        "gb_s": need / median / 1e9,
+        "of_read": float(np.median(shares)),
         "sample_share": spent["sample_seconds"] / total,
         "engine_share": (total - spent["forward_seconds"] - spent["sample_seconds"]) / total,  # Python's part of a step included
     }
@@ -173,14 +210,12 @@ def bench(path, name: str, isa: str | None, options: argparse.Namespace) -> list
     sampling = {} if options.temperature is None else {"temperature": options.temperature, "top_p": 0.95, "seed": 1}
     rows = []
     with llmcoopt.Model.from_pretrained(path, isa=isa, threads=options.threads) as model:
-        run(model, 1, 8, 3, sampling)  # maps the file, grows the scratch
-        data = np.ones(roofline.READ_BYTES // 8)
-        read = max(roofline.read_bandwidth(data, model.threads, ahead) for ahead in roofline.AHEAD) / 1e9
-        peak = roofline.peak_flops(peak_unit(model), model.threads) / 1e9
+        model.forward(list(range(8)), last_only=True)  # maps the file, grows the scratch
+        probe = Probe(model)
+        prompts = time_prompts(model, options.prompt, probe)
         for batch in options.batch:
-            row = {"model": name, "isa": model.isa_detail, "threads": model.threads}
-            row |= run(model, batch, options.prompt, options.new, sampling)
-            row |= {"read_gb_s": read, "of_read": row["gb_s"] / read, "peak_gflop_s": peak, "of_peak": row["prompt_gflop_s"] / peak}
+            row = {"model": name, "isa": model.isa_detail, "threads": model.threads, **prompts}
+            row |= time_decode(model, batch, options.prompt, options.new, sampling, probe)
             rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
             print(line(lambda _, key, form, row=row: format(row[key], form)), flush=True)
     return rows

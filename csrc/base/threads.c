@@ -12,8 +12,8 @@
 
 #include "mem.h"
 
-#define SPINS 20000     /* pauses before a worker sleeps: 100-300 microseconds, longer than the serial code between two ops of a step */
-#define WAIT_SPINS 4000 /* pauses before the caller lets others run while the last pieces are finished */
+#define SPINS 20000    /* pauses before a worker sleeps: 100-300 microseconds, longer than the serial code between two ops of a step */
+#define YIELD_EVERY 64 /* pauses between two offers of the CPU: two threads of a pool may be on one CPU when others are busy */
 #define MAX_THREADS 1024
 
 /* The gate of a job: epoch in the high half, OPEN, and the number of workers inside. A worker enters only a gate that is open and of the epoch
@@ -39,11 +39,14 @@ struct lco_pool {
     } *starts;
 };
 
-static inline void relax(void)
+/* The i-th round of a waiting loop. */
+static inline void relax(int64_t i)
 {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
+    if (i % YIELD_EVERY == YIELD_EVERY - 1)
+        sched_yield();
 }
 
 static void work(lco_pool *pool, int thread)
@@ -63,7 +66,7 @@ static void wait_for_epoch(lco_pool *pool, uint32_t seen)
     for (int i = 0; i < SPINS; i++) {
         if (atomic_load_explicit(&pool->epoch, memory_order_acquire) != seen)
             return;
-        relax();
+        relax(i);
     }
     atomic_fetch_add(&pool->asleep, 1);
     while (atomic_load(&pool->epoch) == seen)
@@ -106,12 +109,8 @@ static void publish(lco_pool *pool, uint32_t epoch)
 static void close_gate(lco_pool *pool)
 {
     atomic_fetch_and_explicit(&pool->gate, ~OPEN, memory_order_relaxed);
-    for (int64_t spins = 0; (atomic_load_explicit(&pool->gate, memory_order_acquire) & INSIDE) != 0; spins++) {
-        if (spins < WAIT_SPINS)
-            relax();
-        else
-            sched_yield();
-    }
+    for (int64_t i = 0; (atomic_load_explicit(&pool->gate, memory_order_acquire) & INSIDE) != 0; i++)
+        relax(i);
 }
 
 void lco_pool_for(lco_pool *pool, int64_t n, int64_t grain, lco_task fn, void *ctx)

@@ -86,16 +86,16 @@ INLINE float block_softmax(float *scores, int64_t n, float *largest, float *tota
     return factor;
 }
 
-/* sums[g][i, i + vectors * VL) = factor[g] * sums + sum_t p[g][t] * value[t]; the last vector holds `tail` elements. */
-INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int vectors, int64_t i, int64_t tail, const float *factor,
-                         float p[MAX_HEADS][BLOCK], bool ahead)
+/* sums[g][i, i + vectors * VL) = factor[g] * sums + sum over t in [begin, end) of p[g][t] * value[t]; `tail`: elements of a last short vector. */
+INLINE void weigh_columns(const decode_block *b, lco_dtype dtype, int heads, int vectors, int64_t i, int64_t tail, int64_t begin,
+                          int64_t end, const float *factor, float p[MAX_HEADS][BLOCK], bool ahead)
 {
     const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
     vf acc[MAX_HEADS][8];
     for (int g = 0; g < heads; g++)
         for (int c = 0; c < vectors; c++)
             acc[g][c] = v_mul(v_set(factor[g]), v_load(b->sums + g * b->d_pad + i + c * VL));
-    for (int64_t t = 0; t < b->n; t++) {
+    for (int64_t t = begin; t < end; t++) {
         const uint8_t *value = b->values + (size_t)t * row;
         if (ahead)
             prefetch(b->next_values + (size_t)t * row, row);
@@ -110,20 +110,37 @@ INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int 
             v_store(b->sums + g * b->d_pad + i + c * VL, acc[g][c]);
 }
 
+/* Values of positions [begin, end), as many columns at a time as there are registers for. */
+INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int64_t begin, int64_t end, const float *factor,
+                         float p[MAX_HEADS][BLOCK], bool ahead)
+{
+    const int wide = heads == 1 ? 8 : heads == 2 ? VL / 2 : 4; /* vectors */
+    int64_t i = 0;
+    for (; i + wide * VL <= b->d; i += wide * VL)
+        weigh_columns(b, dtype, heads, wide, i, VL, begin, end, factor, p, ahead && i == 0);
+    for (; i + wide / 2 * VL <= b->d; i += wide / 2 * VL)
+        weigh_columns(b, dtype, heads, wide / 2, i, VL, begin, end, factor, p, ahead && i == 0);
+    for (; i + VL <= b->d; i += VL)
+        weigh_columns(b, dtype, heads, 1, i, VL, begin, end, factor, p, ahead && i == 0);
+    if (i < b->d)
+        weigh_columns(b, dtype, heads, 1, i, b->d - i, begin, end, factor, p, ahead && i == 0);
+}
+
 INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads, bool ahead)
 {
-    const int wide = heads == 1 ? 8 : heads == 2 ? VL / 2 : 4; /* vectors of values */
+    enum { STRAIGHT = 8 }; /* positions: columns taken in turns jump within so many rows only, which the hardware still follows */
     float scores[MAX_HEADS][BLOCK], factor[MAX_HEADS];
     block_scores(b, dtype, heads, ahead, scores);
     for (int g = 0; g < heads; g++)
         factor[g] = block_softmax(scores[g], b->n, &b->largest[g], &b->total[g]);
-    int64_t i = 0;
-    for (; i + wide * VL <= b->d; i += wide * VL)
-        weigh_values(b, dtype, heads, wide, i, VL, factor, scores, ahead && i == 0);
-    for (; i + VL <= b->d; i += VL)
-        weigh_values(b, dtype, heads, 1, i, VL, factor, scores, ahead && i == 0);
-    if (i < b->d)
-        weigh_values(b, dtype, heads, 1, i, b->d - i, factor, scores, ahead && i == 0);
+    if (ahead) {
+        weigh_values(b, dtype, heads, 0, b->n, factor, scores, true);
+        return;
+    }
+    for (int64_t t = 0; t < b->n; t += STRAIGHT) {
+        weigh_values(b, dtype, heads, t, t + STRAIGHT < b->n ? t + STRAIGHT : b->n, factor, scores, false);
+        factor[0] = 1;
+    }
 }
 
 #define ATTEND(name, dtype)                                                                                                                \
