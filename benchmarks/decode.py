@@ -11,8 +11,6 @@ over these rounds. Steps are timed from Python, so they include all there is. Wr
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import roofline
+from table import write_csv
 
 import llmcoopt
 from llmcoopt import _core
@@ -242,13 +241,7 @@ def main() -> None:
                 write_model(Path(folder), SHAPES[name])
             for isa in options.isa:
                 rows += bench(folder if name in SHAPES else name, name if name in SHAPES else Path(name).stem, isa, options)
-    path = options.csv or Path(__file__).parent / "results" / f"decode_{datetime.date.today():%Y-%m-%d}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {path}")
+    write_csv(rows, "decode", options.csv)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ and swiglu may pass 100 %. One thread is timed by its own CPU time, which other 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import itertools
 import statistics
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import roofline
+from table import write_csv
 
 from llmcoopt import _core
 
@@ -210,13 +209,7 @@ def main() -> None:
                     f"{row['gflop_s']:>9.1f}{row['share']:>8.1%}",
                     flush=True,
                 )
-    path = options.csv or Path(__file__).parent / "results" / f"ops_{datetime.date.today():%Y-%m-%d}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {path}")
+    write_csv(rows, "ops", options.csv)
 
 
 if __name__ == "__main__":

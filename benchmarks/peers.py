@@ -13,7 +13,6 @@ more than others when something else takes a CPU from them; the load at the star
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import inspect
 import json
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from table import write_csv
 
 import llmcoopt
 from llmcoopt import loaders
@@ -264,12 +264,7 @@ def main() -> None:
         )
         print_table(rows)
         print("\n" + "\n".join(f"{name}: logits within {distance:.1e} of llmcoopt's" for name, distance in distances.items()))
-    target = options.csv or Path(__file__).parent / "results" / f"peers_{facts['date']}.csv"
-    with open(target, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {target}", file=sys.stderr)
+    write_csv(rows, "peers", options.csv)
 
 
 if __name__ == "__main__":

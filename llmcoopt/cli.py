@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmcoopt", description="Run Llama-family language models.")
     parser.add_argument("--version", action="version", version=f"llmcoopt {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    model_help = "a Hugging Face folder, a .gguf file, 'tiny' (inside this package), 'smollm2' (fetched once, 100 MB) or a hub id"
+    model_help = "a Hugging Face folder, a .gguf file, 'tiny' (inside this package), 'smollm2' (fetched once, 93 MB) or a hub id"
 
     demo = commands.add_parser("demo", help="write a short story (or chat with --model smollm2) and show speed and memory")
     demo.add_argument("--model", default="tiny", help=f"{model_help}; default tiny")

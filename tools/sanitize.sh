@@ -11,7 +11,7 @@ for test in build/ctest-sanitize/test_*; do
     [ -x "$test" ] && { echo "$test"; "$test"; }
 done
 
-"$python" setup.py --quiet build_ext --build-lib build/sanitized
+mkdir -p build/sanitized
 cp -r llmcoopt build/sanitized/
 rm -f build/sanitized/llmcoopt/_core*.so
 "$python" setup.py --quiet build_ext --build-lib build/sanitized

@@ -8,8 +8,7 @@ typedef struct {
     bool avx2;        /* AVX2, FMA, F16C, with ymm state */
     bool avx512;      /* F, BW, DQ, VL, with zmm state */
     bool avx512_bf16; /* vdpbf16ps */
-    bool
-        fast_bf16; /* and it beats float32 products: on AMD it does twice the work of an FMA, on Intel (84 against 147 GFLOP/s a core) half */
+    bool fast_bf16;   /* vdpbf16ps beats float32 FMA: on AMD twice the work, on Intel half (benchmarks/results/LOG.md) */
     bool avx512_vnni;
     bool avx512_fp16;
     bool amx_bf16; /* tiles usable: permission asked from the kernel once and granted */

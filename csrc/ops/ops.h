@@ -43,7 +43,7 @@ typedef struct {
 
 /* linear: for every part p, out_p[i, j] = sum_k x[i, k] * w_p[j, k] (+ bias_p[j]) (+ out_p[i, j] when accumulate).
  * Parts share x (q, k, v; gate, up). out may not alias x.
- * Rows [0, m_prompt) are prompt rows: on machines with bf16 dot products and bfloat16 weights, x is rounded to bfloat16 there (nearest even),
+ * Rows [0, m_prompt) are prompt rows: tables whose `detail` says BF16 round x to bfloat16 there (nearest even) for bfloat16 weights,
  * products summed in float32. Rows [m_prompt, m) are decode rows: x stays float32. */
 #define LCO_LINEAR_PARTS 3
 typedef struct {

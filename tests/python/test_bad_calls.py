@@ -155,10 +155,13 @@ def test_closed_model_and_freed_sequence(model, seq):
     model.close()
 
 
+@pytest.mark.parametrize("place", ["mlp.down_proj", "mlp.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_no_numbers(tmp_path, isa, value):
+def test_weights_that_are_no_numbers(tmp_path, isa, value, place):
+    """Wherever they stand: no maximum or exponential on the way may swallow a NaN."""
+
     def edit(weights):
-        weights["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+        weights[f"model.layers.1.{place}.weight"][3, 5] = value
 
     make(tmp_path, edit=edit)
     model = llmcoopt.Model.from_pretrained(tmp_path, isa=isa)
