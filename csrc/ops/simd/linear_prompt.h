@@ -7,35 +7,58 @@
  *   sums       [panel][ITEM_ROWS][VL]                        float32, an item's part of out^T; a tile of VL x VL is one run
  *
  * An item is up to ITEM_ROWS weight rows of one part. A thread walks an item's blocks of k in order; `multiply` adds a block's products to
- * the sums; at the end the sums are turned over into out. Units past k are zero in both operands. An output is summed in the order of k
- * whatever the items, the panels and the threads are: blocks depend on k alone. */
+ * the sums, and in the last block turns each tile over into out as soon as it is complete, so that writing overlaps with products. Units
+ * past k are zero in both operands. An output is summed in the order of k whatever the items, the panels and the threads are: blocks depend
+ * on k alone. */
 #ifndef LCO_OPS_SIMD_LINEAR_PROMPT_H
 #define LCO_OPS_SIMD_LINEAR_PROMPT_H
 
 #include "../ops.h"
 #include "vec.h"
 
-#define ITEM_ROWS 64                     /* weight rows at a time, at most */
-#define MAX_BLOCK_UNITS 256              /* units of k at a time, at most */
+#define ITEM_ROWS 96                     /* weight rows at a time, at most */
+#define MAX_BLOCK_UNITS 320              /* units of k at a time, at most */
 #define ROW_UNITS (MAX_BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */
 #define FEW_PANELS 2                     /* so few rows of x: reading weights rules, and items of VL rows read nearly in order */
 #define NEAR_ITEM ((int64_t)128 << 10)   /* items of up to so many bytes prefetch the next item, larger ones their next block */
 #define MAX_PROMPT_ROWS 1024             /* rows of x packed at a time */
 
-/* One block of k of one item, and the weights that are copied after it. */
+/* One block of k of one item, where its item goes, and the weights that are copied after it. */
 typedef struct {
     int64_t x_rows, rows, n_units; /* rows: of weights, a multiple of row_step; n_units: a multiple of VL */
-    bool first;                    /* sums are overwritten */
+    bool first, last;              /* first: sums are overwritten; last: they are complete */
+    bool accumulate;
+    float *out; /* [x_rows][columns], ld_out apart */
+    int64_t ld_out, columns;
+    const float *bias;             /* [columns] or NULL */
     const char *next;              /* row r begins at next + r * row_bytes */
     int64_t row_bytes, next_lines; /* cache lines of a row to prefetch in each VL units of this block */
 } prompt_block;
 
 /* Spreads the prefetch of the next block over this one: `rows` rows from `row` on, at unit u. */
-ALWAYS_INLINE void prefetch_next(const prompt_block *block, int64_t row, const int rows, int64_t u)
+ALWAYS_INLINE void prefetch_next(const prompt_block *block, int64_t row, const int64_t rows, int64_t u)
 {
-    for (int r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < block->next_lines; i++)
             _mm_prefetch(block->next + (row + r) * block->row_bytes + (u / VL * block->next_lines + i) * 64, _MM_HINT_T1);
+}
+
+/* Turns a tile of sums over into out, with bias and what out held before. */
+ALWAYS_INLINE void finish_tile(const prompt_block *block, int64_t panel, int64_t row, const float *sums)
+{
+    const int64_t left = block->x_rows - panel * VL, rows = left < VL ? left : VL, width = block->columns - row;
+    if (width <= 0)
+        return;
+    vf tile[VL];
+    for (int i = 0; i < VL; i++)
+        tile[i] = v_load(sums + i * VL);
+    v_transpose(tile);
+    vf bias = block->bias != NULL ? v_load_part(block->bias + row, width) : v_zero();
+    float *out = block->out + panel * VL * block->ld_out + row;
+    for (int64_t i = 0; i < rows; i++, out += block->ld_out) {
+        vf y = v_add(tile[i], bias);
+        v_store_part(out, block->accumulate ? v_add(v_load_part(out, width), y) : y, width);
+    }
 }
 
 /* One kind of arithmetic. */
@@ -46,7 +69,7 @@ typedef struct {
     void (*pack_x)(uint32_t *panel, const float *x, int64_t ld_x, int64_t rows, int64_t left, int64_t n_units);
     /* One weight row's n_units units from `left` elements (zero beyond). */
     void (*copy_w)(uint32_t *row, const void *w, lco_dtype dtype, int64_t left, int64_t n_units);
-    /* sums (+)= products of one block of k: packed x with copied weight rows. Prefetches `next` meanwhile. */
+    /* sums (+)= products of one block of k: packed x with copied weight rows; the last block's are finished. Prefetches `next` meanwhile. */
     void (*multiply)(float *sums, const uint32_t *x, const uint32_t *w, const prompt_block *block);
     void (*begin)(void), (*end)(void); /* around a thread's work; may be NULL */
 } prompt_kernel;
@@ -83,28 +106,6 @@ static void pack_task(void *ctx, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* Turns an item's sums over into out, with bias and what out held before. */
-static void finish_item(const prompt_job *job, const lco_linear_part *part, int64_t n0, int64_t n_rows, const float *sums)
-{
-    const bool accumulate = job->args->accumulate;
-    for (int64_t panel = 0; panel < job->panels; panel++) {
-        int64_t row = panel * VL, rows = job->rows - row < VL ? job->rows - row : VL;
-        for (int64_t j = 0; j < n_rows; j += VL) {
-            const int64_t width = n_rows - j < VL ? n_rows - j : VL;
-            vf tile[VL];
-            for (int i = 0; i < VL; i++)
-                tile[i] = v_load(sums + ((panel * ITEM_ROWS) + j + i) * VL);
-            v_transpose(tile);
-            vf bias = part->bias != NULL ? v_load_n(part->bias + n0 + j, width) : v_zero();
-            float *out = part->out + (job->row0 + row) * part->ld_out + n0 + j;
-            for (int64_t i = 0; i < rows; i++, out += part->ld_out) {
-                vf y = v_add(tile[i], bias);
-                v_store_n(out, accumulate ? v_add(v_load_n(out, width), y) : y, width);
-            }
-        }
-    }
-}
-
 static void prompt_item(const prompt_job *job, int64_t item, uint32_t *w, float *sums)
 {
     const lco_linear_args *a = job->args;
@@ -124,14 +125,20 @@ static void prompt_item(const prompt_job *job, int64_t item, uint32_t *w, float 
         const int64_t k0 = i * block_k, n_units = block_units(job, i);
         for (int64_t j = 0; j < rows; j++)
             kernel->copy_w(w + j * ROW_UNITS, base + j * row_bytes + k0 * size, part->dtype, a->k - k0, n_units);
-        prompt_block block = {.x_rows = job->rows, .rows = padded, .n_units = n_units, .first = i == 0, .row_bytes = row_bytes};
+        prompt_block block = {.x_rows = job->rows, .rows = padded, .n_units = n_units, .row_bytes = row_bytes};
+        block.first = i == 0;
+        block.last = i == job->blocks - 1;
+        block.accumulate = a->accumulate;
+        block.out = part->out + job->row0 * part->ld_out + n0;
+        block.ld_out = part->ld_out;
+        block.columns = rows;
+        block.bias = part->bias != NULL ? part->bias + n0 : NULL;
         const int64_t next = item_bytes <= NEAR_ITEM ? i : i + 1 < job->blocks ? i + 1 : 0; /* whose place is prefetched */
         const int64_t next_k = a->k - next * block_k < block_k ? a->k - next * block_k : block_k;
         block.next = base + next * block_k * size + (next > i ? 0 : item_bytes);
         block.next_lines = (next_k * size / 64 * VL + n_units - 1) / n_units;
         kernel->multiply(sums, packed_block(job, i), w, &block);
     }
-    finish_item(job, part, n0, rows, sums);
 }
 
 static void prompt_task(void *ctx, int64_t begin, int64_t end, int thread)

@@ -60,6 +60,9 @@ ALWAYS_INLINE void many_products(float *sums, const float *x, const float *w, co
             else
                 tile_product(to, xs, ws, block, row, panel == 0, 1, unit_dot);
         }
+        for (int64_t i = panel; block->last && i < panel + TILE_PANELS && i < panels; i++)
+            for (int64_t row = 0; row < block->rows; row += VL)
+                finish_tile(block, i, row, sums + (i * ITEM_ROWS + row) * VL);
     }
 }
 
@@ -86,6 +89,8 @@ ALWAYS_INLINE void few_products(float *sums, const float *x, const float *w, con
             float *to = sums + (row + i) * VL;
             v_store(to, block->first ? sum[i] : v_add(v_load(to), sum[i]));
         }
+        if (block->last)
+            finish_tile(block, 0, row, sums + row * VL);
     }
 }
 
