@@ -7,7 +7,8 @@ from . import _core
 from ._arrays import bytes_text, html_table
 from .errors import ArgumentError
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float32")
+SCALED = ("fp8_e4m3", "fp8_e5m2", "int8")
 
 
 class KVCache:
@@ -18,21 +19,25 @@ class KVCache:
 
     Args:
         model: the Model whose shape the cache takes.
-        dtype: element type of keys and values: "float32", "float16", "bfloat16"; "auto" is the model's own.
+        dtype: element type of keys and values: "fp8_e4m3" (also "fp8"), "fp8_e5m2", "int8": one byte and a scale for each block of 16 tokens, kv
+            head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own.
+        write_buffer: one-byte types only: keep the block that a sequence is filling in 16 bit and quantise it once, when it has 16 tokens, with the
+            scale of its largest value. False: quantise every token as it comes.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
         max_tokens: tokens over all sequences. None: what fits in half of this machine's memory, at most 64 contexts of the model.
 
     Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had.
     """
 
-    def __init__(self, model, dtype: str = "auto", page_size: int = 64, max_tokens: int | None = None):
+    def __init__(self, model, dtype: str = "auto", page_size: int = 64, max_tokens: int | None = None, write_buffer: bool = True):
         self.model = model
-        self.dtype = model.dtype if dtype == "auto" else dtype
+        self.dtype = {"auto": model.dtype, "fp8": "fp8_e4m3"}.get(dtype, dtype)
         if self.dtype not in DTYPES:
             raise ArgumentError(f"dtype = {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
         if max_tokens is None:
-            max_tokens = _default_tokens(model.config, 4 if self.dtype == "float32" else 2)
-        self._core = _core.KVCache(model._core, self.dtype, page_size, max_tokens)
+            max_tokens = _default_tokens(model.config, 1 if self.dtype in SCALED else 4 if self.dtype == "float32" else 2)
+        self.write_buffer = write_buffer and self.dtype in SCALED
+        self._core = _core.KVCache(model._core, self.dtype, page_size, max_tokens, self.write_buffer)
         self.page_size = page_size
         model._caches.add(self)
 
@@ -42,7 +47,8 @@ class KVCache:
 
     def stats(self) -> dict:
         """Exact counters: pages_total, pages_free, pages_shared, sequences, tokens_held, page_bytes, bytes_per_token, reserved_bytes (address
-        space), resident_bytes (memory in use now, as the system counts it), and since the cache was made tokens_appended, pages_copied."""
+        space), resident_bytes (memory in use now, as the system counts it), tail_bytes (the write buffers of all sequences, beside the pages), and
+        since the cache was made tokens_appended, blocks_quantised (16 tokens of all layers and heads), pages_copied."""
         return self._core.stats()
 
     def check(self) -> None:
@@ -78,6 +84,7 @@ class KVCache:
             "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
             "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
             "bytes per token": f"{s['bytes_per_token']:,}",
+            "write buffers": bytes_text(s["tail_bytes"]),
         }
         return html_table("KVCache", rows)
 

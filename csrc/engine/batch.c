@@ -11,6 +11,8 @@ static void append_item(lco_engine *engine, lco_job *job, bool prompt)
     int64_t rope_length = prompt ? job->base + job->n_prompt : pos + 1;
     engine->items[batch->n_items++] = (lco_item){
         .table = lco_seq_table(job->seq), .row = batch->n_rows, .len = job->rows, .pos = pos, .rope_length = rope_length, .prompt = prompt};
+    engine->items[batch->n_items - 1].tail = lco_seq_tail(job->seq);
+    engine->items[batch->n_items - 1].next_tail = lco_seq_next_tail(job->seq);
     memcpy(engine->row_ids + batch->n_rows, job->ids + done, (size_t)job->rows * sizeof *job->ids);
     batch->n_rows += job->rows;
     /* A new token comes from the row of the last known id. A chunk inside a prompt has none, nor have ids that are computed again after a

@@ -13,7 +13,7 @@ struct lco_kv {
     int32_t *free_stack; /* [n_pages] free pages, the next one to hand out last */
     int64_t n_free;
     lco_seq *sequences; /* list */
-    int64_t tokens_appended, pages_copied;
+    int64_t tokens_appended, blocks_quantised, pages_copied;
     size_t system_page;
 };
 
@@ -22,8 +22,12 @@ struct lco_seq {
     int32_t *table;
     int64_t n_pages, capacity; /* entries in use, allocated */
     int64_t length;
+    uint8_t *tails; /* two; NULL: none yet */
+    int tail;       /* which of them is current */
     lco_seq *previous, *next;
 };
+
+size_t lco_kv_tail_bytes(const lco_kv *kv); /* of one sequence; 0 without a write buffer */
 
 /* page.c */
 lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err); /* count becomes 1 */

@@ -5,7 +5,9 @@
  * 2. A sequence of n tokens holds at least ceil(n / page_size) pages; pages past that are reserved for tokens to come.
  * 3. Slots [length, ...) of a sequence's last page may hold anything; no reader goes past the length.
  * 4. A page with count > 1 is never written: lco_kv_reserve copies it first (copy-on-write).
- * 5. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
+ * 5. Of a sequence of n tokens in a cache with a write-back buffer, the tokens from n / 16 * 16 on lie in its tail in 16 bit, all others as codes
+ *    in pages. Readers take the block of the query's own position from the tail, all earlier ones from codes, whatever was cached when.
+ * 6. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
  *    and is given back when pages are freed.
  *
  * States of a page: free -> (lco_kv_reserve) held -> (lco_kv_fork) shared -> (free, truncate, copy-on-write) held -> free. */
@@ -24,14 +26,15 @@ typedef struct {
     int32_t n_layers, n_kv_heads, head_dim;
     lco_dtype dtype;
     int32_t page_size;
+    bool write_buffer;  /* one-byte codes: keep the block being filled in 16 bit and quantise it once */
     int64_t max_tokens; /* over all sequences; rounded up to whole pages */
 } lco_kv_options;
 
 typedef struct {
     int64_t pages_total, pages_free, pages_shared, sequences, tokens_held;
-    int64_t page_bytes, reserved_bytes, resident_bytes; /* address space; memory in use now, as the OS counts it */
-    int64_t bytes_per_token;
-    int64_t tokens_appended, pages_copied; /* since the cache was made */
+    int64_t page_bytes, reserved_bytes, resident_bytes;      /* address space; memory in use now, as the OS counts it */
+    int64_t bytes_per_token, tail_bytes;                     /* of all sequences, beside the pages */
+    int64_t tokens_appended, blocks_quantised, pages_copied; /* since the cache was made; a block: 16 tokens of all layers and heads */
 } lco_kv_stats;
 
 lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err);
@@ -46,12 +49,16 @@ void lco_seq_destroy(lco_seq *seq); /* returns its pages */
 lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err);
 int64_t lco_seq_length(const lco_seq *seq);
 const int32_t *lco_seq_table(const lco_seq *seq);
+uint8_t *lco_seq_tail(const lco_seq *seq);      /* of the block being filled; NULL before the first reserve and without a write buffer */
+uint8_t *lco_seq_next_tail(const lco_seq *seq); /* where rows of a later unfinished block go; lco_seq_commit makes it the tail */
 lco_kv *lco_seq_cache(const lco_seq *seq);
 
-/* Makes room for n more tokens, all or nothing: new pages at the end, and a copy of the last page when it is shared.
+/* Makes room for n more tokens, all or nothing: new pages at the end, a copy of the last page when it is shared, and the tail.
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
-void lco_seq_commit(lco_seq *seq, int64_t n);                              /* n reserved tokens were written: the length grows */
-lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err); /* keeps [0, length), returns pages past it */
+void lco_seq_commit(lco_seq *seq, int64_t n); /* n reserved tokens were written: the length grows */
+lco_status lco_seq_truncate(lco_seq *seq, int64_t length,
+                            lco_error *err); /* keeps [0, length), returns pages past it. A block that was quantised already and is
+                                                                            * filled again later comes back to the tail as its codes say. */
 
 #endif

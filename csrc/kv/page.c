@@ -16,6 +16,8 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
 {
     if (o->page_size < 16 || o->page_size > 512 || o->page_size % 16 != 0)
         return lco_fail(err, LCO_EINVAL, "page_size = %d, expected a multiple of 16 from 16 to 512", o->page_size);
+    if (o->write_buffer && !lco_dtype_scaled(o->dtype))
+        return lco_fail(err, LCO_EINVAL, "a write buffer is for one-byte codes: 16-bit and float32 caches are written once as it is");
     if (o->max_tokens < 1)
         return lco_fail(err, LCO_EINVAL, "max_tokens = %lld, expected at least 1", (long long)o->max_tokens);
     if (o->n_layers < 1 || o->n_kv_heads < 1 || o->head_dim < 1)
@@ -24,16 +26,14 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
     return LCO_OK;
 }
 
-/* Bytes of a page, rounded to 64 so that every page starts on a cache line. */
-static lco_status page_bytes(const lco_kv_options *o, size_t *out, lco_error *err)
+static lco_kv_view view_of(const lco_kv_options *o)
 {
-    size_t bytes = 2 * lco_dtype_bytes(o->dtype);
-    if (!lco_mul(bytes, (size_t)o->n_layers, &bytes) || !lco_mul(bytes, (size_t)o->n_kv_heads, &bytes) ||
-        !lco_mul(bytes, (size_t)o->head_dim, &bytes) || !lco_mul(bytes, (size_t)o->page_size, &bytes) || !lco_add(bytes, 63, &bytes))
-        return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", o->page_size,
-                        o->n_layers, o->n_kv_heads, o->head_dim);
-    *out = bytes & ~(size_t)63;
-    return LCO_OK;
+    return (lco_kv_view){.dtype = o->dtype,
+                         .page_size = o->page_size,
+                         .n_layers = o->n_layers,
+                         .n_kv_heads = o->n_kv_heads,
+                         .head_dim = o->head_dim,
+                         .buffered = o->write_buffer};
 }
 
 lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err)
@@ -41,10 +41,12 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
     *out = NULL;
     size_t bytes = 0, total;
     lco_status status = check_options(options, err);
-    if (status == LCO_OK)
-        status = page_bytes(options, &bytes, err);
     if (status != LCO_OK)
         return status;
+    const lco_kv_view view = view_of(options);
+    if (!lco_kv_page_bytes(&view, &bytes))
+        return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", options->page_size,
+                        options->n_layers, options->n_kv_heads, options->head_dim);
     int64_t n_pages = (options->max_tokens - 1) / options->page_size + 1;
     if (n_pages > MAX_PAGES || !lco_mul(bytes, (size_t)n_pages, &total))
         return lco_fail(err, LCO_EINVAL, "max_tokens = %lld needs %lld pages of %zu bytes: more than the cache can number",
@@ -98,14 +100,16 @@ const lco_kv_options *lco_kv_get_options(const lco_kv *kv) { return &kv->options
 
 lco_kv_view lco_kv_get_view(const lco_kv *kv)
 {
-    const lco_kv_options *o = &kv->options;
-    return (lco_kv_view){.base = kv->base,
-                         .page_bytes = kv->page_bytes,
-                         .dtype = o->dtype,
-                         .page_size = o->page_size,
-                         .n_layers = o->n_layers,
-                         .n_kv_heads = o->n_kv_heads,
-                         .head_dim = o->head_dim};
+    lco_kv_view view = view_of(&kv->options);
+    view.base = kv->base;
+    view.page_bytes = kv->page_bytes;
+    return view;
+}
+
+size_t lco_kv_tail_bytes(const lco_kv *kv)
+{
+    const lco_kv_view view = lco_kv_get_view(kv);
+    return view.buffered ? lco_tail_bytes(&view) * (size_t)view.n_layers : 0;
 }
 
 lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
@@ -181,6 +185,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         .resident_bytes = resident_bytes(kv),
         .bytes_per_token = (int64_t)kv->page_bytes / kv->options.page_size,
         .tokens_appended = kv->tokens_appended,
+        .blocks_quantised = kv->blocks_quantised,
         .pages_copied = kv->pages_copied,
     };
     for (int64_t i = 0; i < kv->n_pages; i++)
@@ -188,6 +193,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
         s.sequences++;
         s.tokens_held += seq->length;
+        s.tail_bytes += seq->tails != NULL ? 2 * (int64_t)lco_kv_tail_bytes(kv) : 0;
     }
     return s;
 }

@@ -2,6 +2,7 @@
 #include <assert.h>
 #include <string.h>
 
+#include "../base/codes.h"
 #include "../base/mem.h"
 #include "internal.h"
 
@@ -37,6 +38,7 @@ void lco_seq_destroy(lco_seq *seq)
         seq->kv->sequences = seq->next;
     if (seq->next != NULL)
         seq->next->previous = seq->previous;
+    lco_free(seq->tails);
     lco_free(seq->table);
     lco_free(seq);
 }
@@ -57,6 +59,16 @@ static lco_status grow_table(lco_seq *seq, int64_t n_pages, lco_error *err)
     return LCO_OK;
 }
 
+static lco_status need_tail(lco_seq *seq, lco_error *err)
+{
+    const size_t bytes = lco_kv_tail_bytes(seq->kv);
+    if (bytes == 0 || seq->tails != NULL)
+        return LCO_OK;
+    seq->tails = lco_alloc(2 * bytes);
+    return seq->tails != NULL ? LCO_OK
+                              : lco_fail(err, LCO_ENOMEM, "out of memory for the write buffer of a sequence (%zu bytes)", 2 * bytes);
+}
+
 static int64_t pages_for(const lco_seq *seq, int64_t tokens)
 {
     return (tokens + seq->kv->options.page_size - 1) / seq->kv->options.page_size;
@@ -70,6 +82,8 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
         return status;
     int64_t n = pages_for(seq, seq->length); /* reserved pages past the length are not shared */
     status = grow_table(copy, n, err);
+    if (status == LCO_OK && seq->tails != NULL)
+        status = need_tail(copy, err);
     if (status != LCO_OK) {
         lco_seq_destroy(copy);
         *out = NULL;
@@ -79,6 +93,8 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
         copy->table[copy->n_pages] = seq->table[copy->n_pages];
         lco_page_share(seq->kv, copy->table[copy->n_pages]);
     }
+    if (seq->tails != NULL)
+        memcpy(lco_seq_tail(copy), lco_seq_tail(seq), lco_kv_tail_bytes(seq->kv));
     copy->length = seq->length;
     *out = copy;
     return LCO_OK;
@@ -87,6 +103,15 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
 int64_t lco_seq_length(const lco_seq *seq) { return seq->length; }
 
 const int32_t *lco_seq_table(const lco_seq *seq) { return seq->table; }
+
+static uint8_t *tail_at(const lco_seq *seq, int which)
+{
+    return seq->tails != NULL ? seq->tails + (size_t)which * lco_kv_tail_bytes(seq->kv) : NULL;
+}
+
+uint8_t *lco_seq_tail(const lco_seq *seq) { return tail_at(seq, seq->tail); }
+
+uint8_t *lco_seq_next_tail(const lco_seq *seq) { return tail_at(seq, 1 - seq->tail); }
 
 lco_kv *lco_seq_cache(const lco_seq *seq) { return seq->kv; }
 
@@ -107,6 +132,8 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
             "or free sequences",
             (long long)n, (long long)needed, page_size, (long long)kv->n_free, (long long)kv->n_pages, (long long)kv->options.max_tokens);
     lco_status status = grow_table(seq, want, err);
+    if (status == LCO_OK && n > 0)
+        status = need_tail(seq, err);
     if (status != LCO_OK)
         return status;
     if (copy) {
@@ -124,8 +151,28 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
 void lco_seq_commit(lco_seq *seq, int64_t n)
 {
     assert(n >= 0 && seq->length + n <= seq->n_pages * seq->kv->options.page_size);
+    const int64_t blocks = (seq->length + n) / LCO_KV_BLOCK - seq->length / LCO_KV_BLOCK;
+    if (lco_dtype_scaled(seq->kv->options.dtype))
+        seq->kv->blocks_quantised += blocks;
+    if (blocks > 0)
+        seq->tail = 1 - seq->tail;
     seq->length += n;
     seq->kv->tokens_appended += n;
+}
+
+/* Rows [0, n) of block `block` come back from codes to the tail. */
+static void reload_tail(lco_seq *seq, int64_t block, int64_t n)
+{
+    const lco_kv_view kv = lco_kv_get_view(seq->kv);
+    const int64_t page = seq->table[block * LCO_KV_BLOCK / kv.page_size], in_page = block % (kv.page_size / LCO_KV_BLOCK), d = kv.head_dim;
+    for (int64_t i = 0; i < (int64_t)kv.n_layers * 2 * kv.n_kv_heads; i++) {
+        const int64_t layer = i / (2 * kv.n_kv_heads), which = i / kv.n_kv_heads % 2, head = i % kv.n_kv_heads;
+        const uint8_t *codes = lco_kv_codes(&kv, page, layer, which, head) + in_page * LCO_KV_BLOCK * d;
+        const float scale = lco_kv_scales(&kv, page, layer, which, head)[in_page];
+        uint16_t *rows = lco_tail_rows(&kv, lco_seq_tail(seq) + (size_t)layer * lco_tail_bytes(&kv), which, head);
+        for (int64_t j = 0; j < n * d; j++)
+            rows[j] = lco_f32_to_bf16(lco_decode(codes[j], kv.dtype) * scale);
+    }
 }
 
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
@@ -133,6 +180,8 @@ lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
     if (length < 0 || length > seq->length)
         return lco_fail(err, LCO_EINVAL, "truncate to %lld tokens, expected 0 to the sequence's length %lld", (long long)length,
                         (long long)seq->length);
+    if (seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK)
+        reload_tail(seq, length / LCO_KV_BLOCK, length % LCO_KV_BLOCK);
     seq->length = length;
     drop_pages(seq, pages_for(seq, length));
     return LCO_OK;

@@ -47,10 +47,25 @@ typedef struct {
     const lco_model *model;
     const lco_batch *batch;
     const lco_kv_view *kv;
+    lco_item *items; /* the batch's, with scratch for the blocks that prompt rows lie in */
     buffers b;
     int64_t m, m_prompt; /* rows now, and how many of them are prompt rows (they come first) */
     lco_status status;
 } step;
+
+/* Buffered caches: 16-bit keys and values of one layer for the blocks of every prompt item. */
+static lco_status take_items(step *s, lco_arena *scratch, lco_error *err)
+{
+    const lco_batch *batch = s->batch;
+    const size_t layer_bytes = s->kv->buffered ? lco_tail_bytes(s->kv) : 0;
+    bool ok = (s->items = lco_arena_take(scratch, (size_t)batch->n_items * sizeof *s->items)) != NULL;
+    for (int64_t i = 0; ok && i < batch->n_items; i++) {
+        s->items[i] = batch->items[i];
+        if (s->kv->buffered && s->items[i].prompt)
+            ok = (s->items[i].own = lco_arena_take(scratch, (size_t)lco_own_blocks(&s->items[i]) * layer_bytes)) != NULL;
+    }
+    return ok ? LCO_OK : lco_fail(err, LCO_ENOMEM, "out of memory for the new keys and values of a step; use a smaller chunk");
+}
 
 /* out = rmsnorm(x) * weight, `rows` rows of `width`. */
 static void norm(step *s, float *out, const float *x, const float *weight, int64_t rows, int64_t width)
@@ -84,7 +99,7 @@ static void rope_append(step *s, int64_t layer)
 {
     const lco_model_config *c = &s->model->config;
     lco_rope_append_args args = {.q = s->b.q, .k = s->b.k, .v = s->b.v, .cos = s->b.cos, .sin = s->b.sin, .kv = s->kv};
-    args.items = s->batch->items;
+    args.items = s->items;
     args.n_items = s->batch->n_items;
     args.layer = layer;
     args.n_heads = c->n_heads;
@@ -100,7 +115,7 @@ static void attention(step *s, int64_t layer)
 {
     const lco_model_config *c = &s->model->config;
     lco_attention_args args = {.out = s->b.attended, .q = s->b.q, .kv = s->kv, .layer = layer, .n_heads = c->n_heads};
-    args.items = s->batch->items;
+    args.items = s->items;
     args.n_items = s->batch->n_items;
     args.ld_out = args.ld_q = (int64_t)c->n_heads * c->head_dim;
     args.window = c->window[layer];
@@ -177,6 +192,8 @@ static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, 
     for (int64_t i = 0; i < batch->n_items; i++)
         s.m_prompt += batch->items[i].prompt ? batch->items[i].len : 0;
     lco_status status = take_buffers(c, model->scratch, s.m, &s.b, err);
+    if (status == LCO_OK)
+        status = take_items(&s, model->scratch, err);
     if (status != LCO_OK)
         return status;
 

@@ -1,6 +1,5 @@
 /* _core.KVCache and _core.Sequence. */
-#include <string.h>
-
+#include "dtypes.h"
 #include "module.h"
 
 lco_kv *lco_py_cache(cache_object *self)
@@ -33,14 +32,14 @@ static void free_object(PyObject *self)
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "dtype", "page_size", "max_tokens", NULL};
-    static const char *const DTYPES[] = {[LCO_F32] = "float32", [LCO_F16] = "float16", [LCO_BF16] = "bfloat16"};
+    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype;
-    int page_size;
+    int page_size, write_buffer;
     long long max_tokens;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siL", names, state->model_type, &model, &dtype, &page_size, &max_tokens))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer))
         return NULL;
     lco_model *native = lco_py_model((model_object *)model);
     if (native == NULL)
@@ -50,13 +49,10 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .n_kv_heads = config->n_kv_heads,
                               .head_dim = config->head_dim,
                               .page_size = page_size,
+                              .write_buffer = write_buffer,
                               .max_tokens = max_tokens};
-    size_t code = 0;
-    while (code < sizeof DTYPES / sizeof DTYPES[0] && strcmp(dtype, DTYPES[code]) != 0)
-        code++;
-    if (code == sizeof DTYPES / sizeof DTYPES[0])
-        return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected 'float32', 'float16' or 'bfloat16'", dtype);
-    options.dtype = (lco_dtype)code;
+    if (!lco_py_dtype(dtype, &options.dtype))
+        return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected " LCO_PY_DTYPES, dtype);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     cache_object *self = (cache_object *)alloc(type, 0);
     if (self == NULL)
@@ -120,10 +116,11 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
         return NULL;
     lco_kv_stats s;
     LOCKED(self->model, s = lco_kv_get_stats(kv));
-    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L}", "pages_total", s.pages_total, "pages_free", s.pages_free,
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L}", "pages_total", s.pages_total, "pages_free", s.pages_free,
                          "pages_shared", s.pages_shared, "sequences", s.sequences, "tokens_held", s.tokens_held, "page_bytes", s.page_bytes,
                          "reserved_bytes", s.reserved_bytes, "resident_bytes", s.resident_bytes, "bytes_per_token", s.bytes_per_token,
-                         "tokens_appended", s.tokens_appended, "pages_copied", s.pages_copied);
+                         "tokens_appended", s.tokens_appended, "pages_copied", s.pages_copied, "blocks_quantised", s.blocks_quantised,
+                         "tail_bytes", s.tail_bytes);
 }
 
 static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
@@ -152,7 +149,7 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens)\n--\n\nA paged key/value cache shaped for a model."},
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer)\n--\n\nA paged key/value cache shaped for a model."},
     {0, NULL},
 };
 

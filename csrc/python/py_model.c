@@ -2,9 +2,9 @@
 #include <math.h>
 #include <string.h>
 
+#include "dtypes.h"
 #include "module.h"
 
-static const char *const DTYPE_NAMES[] = {[LCO_F32] = "float32", [LCO_F16] = "float16", [LCO_BF16] = "bfloat16"};
 static const char *const ROPE_NAMES[] = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"};
 
 /* Index of `name` in a list, or -1. */
@@ -144,14 +144,12 @@ static int read_tensor(model_object *self, PyObject *item, lco_tensor *tensor)
     }
     if (!PyArg_ParseTuple(item, "sOsO!", &tensor->name, &buffer, &dtype, &PyTuple_Type, &shape))
         return -1;
-    int index = index_of(dtype, DTYPE_NAMES, sizeof DTYPE_NAMES / sizeof DTYPE_NAMES[0]);
     Py_ssize_t rank = PyTuple_Size(shape);
-    if (index < 0 || rank > 4) {
+    if (!lco_py_dtype(dtype, &tensor->dtype) || lco_dtype_scaled(tensor->dtype) || rank > 4) {
         PyErr_Format(PyExc_ValueError, "tensor '%s': dtype '%s' and %zd dimensions; expected float32, float16 or bfloat16 and at most 4",
                      tensor->name, dtype, rank);
         return -1;
     }
-    tensor->dtype = (lco_dtype)index;
     tensor->rank = (int32_t)rank;
     size_t bytes = lco_dtype_bytes(tensor->dtype);
     for (Py_ssize_t i = 0; i < rank; i++) {
@@ -300,6 +298,8 @@ static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, cons
     if (status != LCO_OK)
         return status;
     lco_item item = {.table = lco_seq_table(seq), .len = call->n, .pos = pos, .rope_length = call->rope_length, .prompt = call->prompt};
+    item.tail = lco_seq_tail(seq);
+    item.next_tail = lco_seq_next_tail(seq);
     lco_batch batch = {.ids = call->ids, .items = &item, .n_items = 1, .n_rows = call->n};
     if (call->logits == NULL || call->last_only) {
         batch.logit_rows = &last;

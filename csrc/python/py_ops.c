@@ -8,6 +8,7 @@
 
 #include "../base/mem.h"
 #include "../ops/ops.h"
+#include "dtypes.h"
 
 typedef struct {
     PyObject_HEAD const lco_ops *ops;
@@ -16,7 +17,7 @@ typedef struct {
     atomic_bool busy;
 } OpContext;
 
-#define BAG_BUFFERS 16
+#define BAG_BUFFERS 64
 
 typedef struct {
     Py_buffer view[BAG_BUFFERS];
@@ -33,13 +34,8 @@ enum { READ = 0, WRITE = PyBUF_WRITABLE };
 
 static bool parse_dtype(const char *name, lco_dtype *out)
 {
-    static const char *const NAMES[] = {"float32", "float16", "bfloat16"};
-    for (int i = 0; i < 3; i++) {
-        if (strcmp(name, NAMES[i]) == 0) {
-            *out = (lco_dtype)i;
-            return true;
-        }
-    }
+    if (lco_py_dtype(name, out) && !lco_dtype_scaled(*out))
+        return true;
     PyErr_Format(PyExc_ValueError, "dtype = '%s', expected float32, float16 or bfloat16", name);
     return false;
 }
@@ -69,6 +65,10 @@ static bool rows_contiguous(const Py_buffer *v)
 static const Py_buffer *take(bag *b, PyObject *object, const char *name, const char *format, int ndim, int writable)
 {
     Py_buffer *v = &b->view[b->n];
+    if (b->n == BAG_BUFFERS) {
+        PyErr_Format(PyExc_ValueError, "%s: more than %d buffers in one call", name, BAG_BUFFERS);
+        return NULL;
+    }
     if (PyObject_GetBuffer(object, v, PyBUF_FORMAT | PyBUF_STRIDES | writable) < 0)
         return NULL;
     b->n++;
@@ -335,15 +335,20 @@ static void cache_release(cache_call *c)
 static bool take_cache(bag *b, cache_call *c, PyObject *cache_o, const char *dtype_name, int page_size, int n_layers, int n_kv_heads,
                        int head_dim, long long layer)
 {
-    if (!parse_dtype(dtype_name, &c->kv.dtype) ||
-        !check(page_size >= 16 && page_size <= 512 && page_size % 16 == 0, "page_size", page_size, "16 to 512, a multiple of 16") ||
+    if (!lco_py_dtype(dtype_name, &c->kv.dtype)) {
+        PyErr_Format(PyExc_ValueError, "dtype = '%s', expected one of " LCO_PY_DTYPES, dtype_name);
+        return false;
+    }
+    if (!check(page_size >= 16 && page_size <= 512 && page_size % 16 == 0, "page_size", page_size, "16 to 512, a multiple of 16") ||
         !check(n_layers >= 1, "n_layers", n_layers, "at least 1") || !check(n_kv_heads >= 1, "n_kv_heads", n_kv_heads, "at least 1") ||
         !check(head_dim >= 2 && head_dim % 2 == 0, "head_dim", head_dim, "an even number from 2") ||
         !check(layer >= 0 && layer < n_layers, "layer", layer, "0 to n_layers - 1"))
         return false;
-    size_t bytes = 2 * lco_dtype_bytes(c->kv.dtype) * (size_t)page_size;
-    if (!lco_mul(bytes, (size_t)n_layers, &bytes) || !lco_mul(bytes, (size_t)n_kv_heads, &bytes) ||
-        !lco_mul(bytes, (size_t)head_dim, &bytes) || !lco_add(bytes, 63, &bytes)) {
+    c->kv.page_size = page_size;
+    c->kv.n_layers = n_layers;
+    c->kv.n_kv_heads = n_kv_heads;
+    c->kv.head_dim = head_dim;
+    if (!lco_kv_page_bytes(&c->kv, &c->kv.page_bytes)) {
         PyErr_SetString(PyExc_ValueError, "a page of this shape does not fit the address space");
         return false;
     }
@@ -351,27 +356,31 @@ static bool take_cache(bag *b, cache_call *c, PyObject *cache_o, const char *dty
     if (cache == NULL || !check_packed(cache, "cache"))
         return false;
     c->kv.base = cache->buf;
-    c->kv.page_bytes = bytes & ~(size_t)63;
-    c->kv.page_size = page_size;
-    c->kv.n_layers = n_layers;
-    c->kv.n_kv_heads = n_kv_heads;
-    c->kv.head_dim = head_dim;
     c->layer = layer;
     c->n_pages = (int64_t)((size_t)cache->len / c->kv.page_bytes);
     return true;
 }
 
-/* One (table, row, len, pos, prompt). */
-static bool take_item(cache_call *c, PyObject *object, int64_t m)
+/* A buffer of an item of a buffered cache: `layers` tail layers. */
+static uint8_t *take_tail(bag *b, const cache_call *c, PyObject *object, const char *name, int64_t layers)
 {
-    PyObject *table_o;
+    const Py_buffer *view = take(b, object, name, "B", 1, WRITE);
+    return view != NULL && check(view->len >= layers * (int64_t)lco_tail_bytes(&c->kv), name, view->len, "the bytes of its layers")
+               ? view->buf
+               : NULL;
+}
+
+/* One (table, row, len, pos, prompt) and, in a buffered cache, (..., tail, next_tail, own). */
+static bool take_item(bag *b, cache_call *c, PyObject *object, int64_t m)
+{
+    PyObject *table_o, *tail_o = NULL, *next_o = NULL, *own_o = NULL;
     long long row, len, pos;
     int prompt;
     if (!PyTuple_Check(object)) {
         PyErr_SetString(PyExc_TypeError, "each item is a tuple (table, row, len, pos, prompt)");
         return false;
     }
-    if (!PyArg_ParseTuple(object, "OLLLp:item", &table_o, &row, &len, &pos, &prompt) ||
+    if (!PyArg_ParseTuple(object, "OLLLp|OOO:item", &table_o, &row, &len, &pos, &prompt, &tail_o, &next_o, &own_o) ||
         !check(len >= 1 && len <= m, "len of an item", len, "1 to the number of rows") ||
         !check(row >= 0 && row <= m - len, "row of an item", row, "its rows to lie in the batch") ||
         !check(pos >= 0 && pos <= INT64_MAX - len - c->kv.page_size, "pos of an item", pos, "a position from 0") ||
@@ -392,16 +401,22 @@ static bool take_item(cache_call *c, PyObject *object, int64_t m)
     for (int64_t i = 0; i < pages; i++)
         if (!check(table[i] >= 0 && table[i] < c->n_pages, "a page of an item's table", table[i], "a page of the cache"))
             return false;
-    c->items[c->n_items++] = (lco_item){.table = table, .row = row, .len = len, .pos = pos, .rope_length = pos + len, .prompt = prompt};
-    return true;
+    lco_item *item = &c->items[c->n_items++];
+    *item = (lco_item){.table = table, .row = row, .len = len, .pos = pos, .rope_length = pos + len, .prompt = prompt};
+    if (!lco_dtype_scaled(c->kv.dtype) || own_o == NULL)
+        return check(!c->kv.buffered, "the fields of an item", 5, "8, as in the other items");
+    c->kv.buffered = true;
+    return (item->tail = take_tail(b, c, tail_o, "tail", c->kv.n_layers)) != NULL &&
+           (item->next_tail = take_tail(b, c, next_o, "next_tail", c->kv.n_layers)) != NULL &&
+           (item->own = take_tail(b, c, own_o, "own", lco_own_blocks(item))) != NULL;
 }
 
-static bool take_items(cache_call *c, PyObject *items, int64_t m)
+static bool take_items(bag *b, cache_call *c, PyObject *items, int64_t m)
 {
     if (!check(PyList_Size(items) <= MAX_ITEMS, "the length of items", PyList_Size(items), "at most 256"))
         return false;
     for (Py_ssize_t i = 0; i < PyList_Size(items); i++)
-        if (!take_item(c, PyList_GetItem(items, i), m))
+        if (!take_item(b, c, PyList_GetItem(items, i), m))
             return false;
     return true;
 }
@@ -411,7 +426,7 @@ PyDoc_STRVAR(
     "rope_append(q, k, v, cos, sin, cache, dtype, page_size, n_layers, layer, items)\n--\n\n"
     "Rotates q[m, heads, d] and k[m, kv_heads, d] in place by cos and sin [m, d/2] and writes k and v to the cache. Rows may be strided\n"
     "(k and v alike). cache: uint8 pages of base/formats.h; dtype: element type of the cache; items: a list of\n"
-    "(table int32, row, len, pos, prompt).");
+    "(table int32, row, len, pos, prompt), for a cache with a write buffer (..., tail, next_tail, own), uint8 as in ops.h.");
 
 static PyObject *context_rope_append(PyObject *object, PyObject *args, PyObject *kw)
 {
@@ -441,7 +456,7 @@ static PyObject *context_rope_append(PyObject *object, PyObject *args, PyObject 
         !check_axis(cos, "cos", 0, m) || !check_axis(sin, "sin", 0, m) || !check_axis(cos, "cos", 1, d / 2) ||
         !check_axis(sin, "sin", 1, d / 2) || !check_packed(cos, "cos") || !check_packed(sin, "sin") ||
         !check(row_stride(k) == row_stride(v), "the row stride of v", row_stride(v), "that of k") ||
-        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer) || !take_items(c, items_o, m))
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer) || !take_items(&b, c, items_o, m))
         goto done;
     lco_rope_append_args a = {.q = q->buf, .k = k->buf, .v = v->buf, .cos = cos->buf, .sin = sin->buf, .kv = &c->kv, .items = c->items};
     a.n_items = c->n_items;
@@ -489,7 +504,7 @@ static PyObject *context_attention(PyObject *object, PyObject *args, PyObject *k
     if (!check(d <= INT32_MAX, "head_dim", d, "a 32-bit number") || !check(window >= 0, "window", window, "0 (none) or more") ||
         !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, n_heads) || !check_axis(out, "out", 2, d) ||
         !check(n_kv_heads >= 1 && n_heads % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
-        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) || !take_items(c, items_o, m))
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) || !take_items(&b, c, items_o, m))
         goto done;
     lco_attention_args a = {.out = out->buf, .q = q->buf, .kv = &c->kv, .items = c->items, .n_items = c->n_items, .layer = c->layer};
     a.n_heads = n_heads;

@@ -1,6 +1,6 @@
 #include <math.h>
 
-#include "../../base/convert.h"
+#include "../../base/codes.h"
 #include "../impl.h"
 
 typedef struct {
@@ -10,11 +10,33 @@ typedef struct {
     int64_t stride;
 } attention_job;
 
-static const uint8_t *head_row(const attention_job *job, int64_t position, int64_t which, int64_t head)
+/* Where the key or value of a position lies, and what its elements are multiplied by. */
+typedef struct {
+    const uint8_t *codes;
+    lco_dtype dtype;
+    double scale;
+} stored;
+
+/* As a query at position `reader` finds it. */
+static stored find(const attention_job *job, int64_t reader, int64_t position, int64_t which, int64_t head)
 {
     const lco_kv_view *kv = job->args->kv;
-    const uint8_t *codes = lco_kv_codes(kv, job->item->table[position / kv->page_size], job->args->layer, which, head);
-    return codes + (size_t)(position % kv->page_size) * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
+    const int64_t layer = job->args->layer, block = position / LCO_KV_BLOCK, slot = position % kv->page_size;
+    if (kv->buffered && block == reader / LCO_KV_BLOCK) {
+        const uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, job->item, layer, block), which, head);
+        return (stored){(const uint8_t *)(rows + position % LCO_KV_BLOCK * kv->head_dim), LCO_BF16, 1};
+    }
+    const int64_t page = job->item->table[position / kv->page_size];
+    stored s = {lco_kv_codes(kv, page, layer, which, head), kv->dtype, 1};
+    s.codes += (size_t)slot * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
+    if (lco_dtype_scaled(kv->dtype))
+        s.scale = lco_kv_scales(kv, page, layer, which, head)[slot / LCO_KV_BLOCK];
+    return s;
+}
+
+static double element(const stored *s, int64_t j)
+{
+    return s->scale * (lco_dtype_scaled(s->dtype) ? lco_decode(s->codes[j], s->dtype) : lco_element(s->codes, j, s->dtype));
 }
 
 /* One query row of one head: scores, softmax, weighted sum of the values, as the formula is written. */
@@ -25,21 +47,21 @@ static void attend(const attention_job *job, const float *q, float *out, int64_t
     int64_t first = job->args->window > 0 && position >= job->args->window ? position - job->args->window + 1 : 0;
     double largest = -INFINITY, total = 0;
     for (int64_t t = first; t <= position; t++) {
-        const uint8_t *key = head_row(job, t, LCO_KEY, kv_head);
+        const stored key = find(job, position, t, LCO_KEY, kv_head);
         p[t] = 0;
         for (int64_t j = 0; j < kv->head_dim; j++)
-            p[t] += (double)q[j] * lco_element(key, j, kv->dtype);
+            p[t] += q[j] * element(&key, j);
         p[t] *= job->args->scale;
         largest = p[t] > largest ? p[t] : largest;
     }
     for (int64_t j = 0; j < kv->head_dim; j++)
         sum[j] = 0;
     for (int64_t t = first; t <= position; t++) {
-        const uint8_t *value = head_row(job, t, LCO_VALUE, kv_head);
+        const stored value = find(job, position, t, LCO_VALUE, kv_head);
         p[t] = exp(p[t] - largest);
         total += p[t];
         for (int64_t j = 0; j < kv->head_dim; j++)
-            sum[j] += p[t] * lco_element(value, j, kv->dtype);
+            sum[j] += p[t] * element(&value, j);
     }
     for (int64_t j = 0; j < kv->head_dim; j++)
         out[j] = (float)(sum[j] / total);

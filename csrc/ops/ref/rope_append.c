@@ -1,5 +1,5 @@
-#include "../../base/convert.h"
 #include "../impl.h"
+#include "../quantise.h"
 
 typedef struct {
     const lco_rope_append_args *args;
@@ -39,6 +39,8 @@ static void rope_tokens(void *ctx, int64_t begin, int64_t end, int thread)
         for (int64_t h = 0; h < kv->n_kv_heads; h++) {
             float *k = a->k + row * a->ld_kv + h * kv->head_dim;
             rotate(k, cos, sin, half);
+            if (lco_dtype_scaled(kv->dtype))
+                continue;
             store_row(kv, page, a->layer, LCO_KEY, h, slot, k);
             store_row(kv, page, a->layer, LCO_VALUE, h, slot, a->v + row * a->ld_kv + h * kv->head_dim);
         }
@@ -51,5 +53,5 @@ lco_status lco_ref_rope_append(const lco_rope_append_args *args)
         rope_job job = {.args = args, .item = &args->items[n]};
         lco_pool_for(args->exec->pool, job.item->len, 16, rope_tokens, &job);
     }
-    return LCO_OK;
+    return lco_dtype_scaled(args->kv->dtype) ? quantise_rows(args) : LCO_OK;
 }

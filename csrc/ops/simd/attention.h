@@ -60,6 +60,12 @@ static int64_t first_seen(const lco_attention_args *a, int64_t position)
     return a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
 }
 
+/* Positions before this are read as codes by a query at `position`; the rest, in its own block, from 16 bit. */
+static int64_t coded_end(const lco_attention_args *a, int64_t position)
+{
+    return a->kv->buffered ? position / LCO_KV_BLOCK * LCO_KV_BLOCK : position + 1;
+}
+
 #include "attention_decode.h"
 #include "attention_prompt.h"
 

@@ -5,11 +5,13 @@
 enum { MAX_HEADS = 4, HEADS_AT_ONCE = VL == 16 ? MAX_HEADS : 2 }; /* with four positions: as many sums as there are registers for */
 
 typedef struct {
-    const uint8_t *keys, *values; /* codes of the first position */
-    int64_t n, d, d_pad;          /* positions, 1..BLOCK; head size */
-    const float *q;               /* [heads, d_pad], scaled, zero beyond d */
-    float *sums;                  /* [heads, d_pad] */
-    float *largest, *total;       /* [heads] */
+    const uint8_t *keys, *values;           /* codes of the first position */
+    int64_t n, d, d_pad;                    /* positions, 1..BLOCK; head size */
+    const float *key_scales, *value_scales; /* of 16 positions each, or NULL */
+    int64_t skip;                           /* positions of the first scale that lie before the first position */
+    const float *q;                         /* [heads, d_pad], scaled, zero beyond d */
+    float *sums;                            /* [heads, d_pad] */
+    float *largest, *total;                 /* [heads] */
     const uint8_t *next_keys,
         *next_values; /* read after these: prefetched, by every few heads again, which spreads the requests; NULL: not */
 } decode_block;
@@ -126,13 +128,30 @@ INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int6
         weigh_columns(b, dtype, heads, 1, i, b->d - i, begin, end, factor, p, ahead && i == 0);
 }
 
+/* Each run of positions times its scale. */
+INLINE void scale_positions(float *x, int64_t n, const float *scales, int64_t skip, float unit)
+{
+    for (int64_t t = 0, stop; t < n; t = stop) {
+        const int64_t block = (skip + t) / LCO_KV_BLOCK;
+        stop = (block + 1) * LCO_KV_BLOCK - skip < n ? (block + 1) * LCO_KV_BLOCK - skip : n;
+        const vf scale = v_set(scales[block] * unit);
+        for (int64_t i = t; i < stop; i += VL)
+            v_store_part(x + i, v_mul(scale, v_load_part(x + i, stop - i)), stop - i);
+    }
+}
+
 INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads, bool ahead)
 {
     enum { STRAIGHT = 8 }; /* positions: columns taken in turns jump within so many rows only, which the hardware still follows */
     float scores[MAX_HEADS][BLOCK], factor[MAX_HEADS];
     block_scores(b, dtype, heads, ahead, scores);
-    for (int g = 0; g < heads; g++)
+    for (int g = 0; g < heads; g++) {
+        if (lco_dtype_scaled(dtype))
+            scale_positions(scores[g], b->n, b->key_scales, b->skip, v_code_unit(dtype));
         factor[g] = block_softmax(scores[g], b->n, &b->largest[g], &b->total[g]);
+        if (lco_dtype_scaled(dtype))
+            scale_positions(scores[g], b->n, b->value_scales, b->skip, v_code_unit(dtype));
+    }
     if (ahead) {
         weigh_values(b, dtype, heads, 0, b->n, factor, scores, true);
         return;
@@ -160,10 +179,19 @@ INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads, bool
 ATTEND(attend_f32, LCO_F32)
 ATTEND(attend_f16, LCO_F16)
 ATTEND(attend_bf16, LCO_BF16)
+ATTEND(attend_e4m3, LCO_F8_E4M3)
+ATTEND(attend_e5m2, LCO_F8_E5M2)
+ATTEND(attend_i8, LCO_I8)
 
 static void attend(const decode_block *b, lco_dtype dtype, int64_t heads)
 {
-    if (dtype == LCO_BF16)
+    if (dtype == LCO_F8_E4M3)
+        attend_e4m3(b, heads);
+    else if (dtype == LCO_F8_E5M2)
+        attend_e5m2(b, heads);
+    else if (dtype == LCO_I8)
+        attend_i8(b, heads);
+    else if (dtype == LCO_BF16)
         attend_bf16(b, heads);
     else if (dtype == LCO_F16)
         attend_f16(b, heads);
@@ -174,49 +202,98 @@ static void attend(const decode_block *b, lco_dtype dtype, int64_t heads)
 /* Floats of scratch for a thread: the scaled queries. */
 static int64_t decode_scratch(const attention_job *job) { return job->args->n_heads * job->d_pad; }
 
-static void decode_unit(const attention_job *job, const unit *u, float *scaled)
+/* All query heads of one kv head of the unit (the h-th) against a block. */
+static void attend_heads(const attention_job *job, const unit *u, const float *scaled, int64_t h, decode_block *b, lco_dtype dtype)
+{
+    const int64_t group = job->group, first_head = (u->head + h) * group;
+    float *sums = u->part + first_head * job->d_pad, *largest = u->part + job->args->n_heads * job->d_pad + first_head;
+    for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
+        b->q = scaled + (h * group + g) * job->d_pad;
+        b->sums = sums + g * job->d_pad;
+        b->largest = largest + g;
+        b->total = largest + job->args->n_heads + g;
+        attend(b, dtype, group - g < HEADS_AT_ONCE ? group - g : HEADS_AT_ONCE);
+    }
+}
+
+static void load_decode_query(const attention_job *job, const unit *u, float *scaled)
 {
     const lco_attention_args *a = job->args;
-    const lco_kv_view *kv = a->kv;
-    const int64_t d = kv->head_dim, group = job->group, first_head = u->head * group, n_heads = u->heads * group;
-    const size_t code_bytes = lco_dtype_bytes(kv->dtype), run = (size_t)kv->page_size * (size_t)d * code_bytes;
+    const int64_t d = a->kv->head_dim, first_head = u->head * job->group;
     float *sums = u->part + first_head * job->d_pad, *largest = u->part + a->n_heads * job->d_pad + first_head;
-    float *total = largest + a->n_heads;
-    for (int64_t h = 0; h < n_heads; h++) {
+    for (int64_t h = 0; h < u->heads * job->group; h++) {
         const float *q = a->q + u->item->row * a->ld_q + (first_head + h) * d;
         for (int64_t j = 0; j < job->d_pad; j++) {
             scaled[h * job->d_pad + j] = j < d ? q[j] * a->scale : 0;
             sums[h * job->d_pad + j] = 0;
         }
         largest[h] = -INFINITY;
-        total[h] = 0;
+        largest[h + a->n_heads] = 0;
     }
-    const int64_t seen = first_seen(a, u->item->pos), last_page = u->first + u->count - 1;
-    for (int64_t page = u->first; page <= last_page; page++) {
-        int64_t begin = page * kv->page_size, end = begin + kv->page_size;
-        begin = (begin > seen ? begin : seen) - page * kv->page_size;
-        end = (end < u->item->pos + 1 ? end : u->item->pos + 1) - page * kv->page_size;
-        const uint8_t *keys = lco_kv_codes(kv, u->item->table[page], a->layer, LCO_KEY, u->head);
-        const uint8_t *values = lco_kv_codes(kv, u->item->table[page], a->layer, LCO_VALUE, u->head);
-        const int32_t next = u->item->table[page < last_page ? page + 1 : page];
-        for (int64_t h = 0; h < u->heads; h++, keys += run, values += run) {
-            const bool last = h + 1 == u->heads;
-            const uint8_t *next_keys = last ? lco_kv_codes(kv, next, a->layer, LCO_KEY, u->head) : keys + run;
-            const uint8_t *next_values = last ? lco_kv_codes(kv, next, a->layer, LCO_VALUE, u->head) : values + run;
-            for (int64_t t = begin, stop; t < end; t = stop) {
-                stop = (t / BLOCK + 1) * BLOCK < end ? (t / BLOCK + 1) * BLOCK : end;
-                const size_t offset = (size_t)(t * d) * code_bytes;
-                decode_block b = {.keys = keys + offset, .values = values + offset, .n = stop - t, .d = d, .d_pad = job->d_pad};
-                b.next_keys = group > 1 ? next_keys + offset : NULL;
-                b.next_values = group > 1 ? next_values + offset : NULL;
-                for (int64_t g = 0; g < group; g += HEADS_AT_ONCE) {
-                    b.q = scaled + (h * group + g) * job->d_pad;
-                    b.sums = sums + (h * group + g) * job->d_pad;
-                    b.largest = largest + h * group + g;
-                    b.total = total + h * group + g;
-                    attend(&b, kv->dtype, group - g < HEADS_AT_ONCE ? group - g : HEADS_AT_ONCE);
-                }
+}
+
+/* Positions [begin, end) of one page. `next`: the page that is read after it. */
+static void decode_page(const attention_job *job, const unit *u, const float *scaled, int32_t page, int32_t next, int64_t begin,
+                        int64_t end)
+{
+    const lco_attention_args *a = job->args;
+    const lco_kv_view *kv = a->kv;
+    const int64_t d = kv->head_dim;
+    const size_t code_bytes = lco_dtype_bytes(kv->dtype), run = (size_t)kv->page_size * (size_t)d * code_bytes;
+    const uint8_t *keys = lco_kv_codes(kv, page, a->layer, LCO_KEY, u->head);
+    const uint8_t *values = lco_kv_codes(kv, page, a->layer, LCO_VALUE, u->head);
+    for (int64_t h = 0; h < u->heads; h++, keys += run, values += run) {
+        const bool last = h + 1 == u->heads;
+        const uint8_t *next_keys = last ? lco_kv_codes(kv, next, a->layer, LCO_KEY, u->head) : keys + run;
+        const uint8_t *next_values = last ? lco_kv_codes(kv, next, a->layer, LCO_VALUE, u->head) : values + run;
+        for (int64_t t = begin, stop; t < end; t = stop) {
+            stop = (t / BLOCK + 1) * BLOCK < end ? (t / BLOCK + 1) * BLOCK : end;
+            const size_t offset = (size_t)(t * d) * code_bytes;
+            decode_block b = {.keys = keys + offset, .values = values + offset, .n = stop - t, .d = d, .d_pad = job->d_pad};
+            b.next_keys = job->group > 1 ? next_keys + offset : NULL;
+            b.next_values = job->group > 1 ? next_values + offset : NULL;
+            if (lco_dtype_scaled(kv->dtype)) {
+                b.key_scales = lco_kv_scales(kv, page, a->layer, LCO_KEY, u->head + h) + t / LCO_KV_BLOCK;
+                b.value_scales = lco_kv_scales(kv, page, a->layer, LCO_VALUE, u->head + h) + t / LCO_KV_BLOCK;
+                b.skip = t % LCO_KV_BLOCK;
             }
+            attend_heads(job, u, scaled, h, &b, kv->dtype);
         }
     }
+}
+
+/* Positions [begin, end) of the block that the query is in, from 16 bit. */
+static void decode_own_block(const attention_job *job, const unit *u, const float *scaled, int64_t begin, int64_t end)
+{
+    const lco_attention_args *a = job->args;
+    const lco_kv_view *kv = a->kv;
+    uint8_t *own = lco_own_block(kv, u->item, a->layer, begin / LCO_KV_BLOCK);
+    for (int64_t h = 0; h < u->heads; h++) {
+        const int64_t offset = begin % LCO_KV_BLOCK * kv->head_dim;
+        const uint16_t *keys = lco_tail_rows(kv, own, LCO_KEY, u->head + h) + offset;
+        const uint16_t *values = lco_tail_rows(kv, own, LCO_VALUE, u->head + h) + offset;
+        decode_block b = {.keys = (const uint8_t *)keys, .values = (const uint8_t *)values, .n = end - begin};
+        b.d = kv->head_dim;
+        b.d_pad = job->d_pad;
+        b.next_keys = job->group > 1 ? b.keys : NULL;
+        b.next_values = job->group > 1 ? b.values : NULL;
+        attend_heads(job, u, scaled, h, &b, LCO_BF16);
+    }
+}
+
+static void decode_unit(const attention_job *job, const unit *u, float *scaled)
+{
+    const lco_attention_args *a = job->args;
+    const int64_t page_size = a->kv->page_size, last_page = u->first + u->count - 1, pos = u->item->pos;
+    const int64_t seen = first_seen(a, pos), coded = coded_end(a, pos);
+    load_decode_query(job, u, scaled);
+    for (int64_t page = u->first; page <= last_page; page++) {
+        const int64_t start = page * page_size, begin = start > seen ? start : seen,
+                      end = start + page_size < coded ? start + page_size : coded;
+        if (begin < end)
+            decode_page(job, u, scaled, u->item->table[page], u->item->table[page < last_page ? page + 1 : page], begin - start,
+                        end - start);
+    }
+    if (coded <= pos && last_page == pos / page_size)
+        decode_own_block(job, u, scaled, coded > seen ? coded : seen, pos + 1);
 }

@@ -58,23 +58,49 @@ static void load_queries(const attention_job *job, const unit *u, const prompt_b
     }
 }
 
-/* Positions [skip, n) of a run of codes into the float copies, from column and row `at` on. Columns are written in whole vectors. */
-INLINE void convert(const prompt_block *b, lco_dtype dtype, const uint8_t *keys, const uint8_t *values, int64_t at, int64_t skip, int64_t n)
+/* Positions [skip, n) of a run of codes into the float copies, from column and row `at` on. Columns are written in whole vectors. Scales: of
+ * 16 positions each. */
+INLINE void convert(const prompt_block *b, lco_dtype dtype, const uint8_t *keys, const uint8_t *values, const float *key_scales,
+                    const float *value_scales, int64_t at, int64_t skip, int64_t n)
 {
+    const bool scaled = lco_dtype_scaled(dtype);
+    const float unit = v_code_unit(dtype);
     const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
     for (int64_t t = 0; t < n; t += VL) {
+        const vf scale = scaled ? v_set(key_scales[t / LCO_KV_BLOCK] * unit) : v_zero();
         for (int64_t i = 0; i < b->d; i += VL) {
             vf square[VL];
             for (int64_t j = 0; j < VL; j++)
                 square[j] = t + j >= skip && t + j < n ? v_load_as_part(keys + (size_t)(t + j) * row, i, b->d - i, dtype) : v_zero();
             v_transpose(square);
             for (int64_t j = 0; j < VL; j++)
-                v_store(b->keys + (i + j) * BLOCK + at + t, square[j]);
+                v_store(b->keys + (i + j) * BLOCK + at + t, scaled ? v_mul(scale, square[j]) : square[j]);
         }
     }
-    for (int64_t t = skip; t < n; t++)
-        for (int64_t i = 0; i < b->d; i += VL)
-            v_store(b->values + (at + t) * b->d_pad + i, v_load_as_part(values + (size_t)t * row, i, b->d - i, dtype));
+    for (int64_t t = skip; t < n; t++) {
+        const vf scale = scaled ? v_set(value_scales[t / LCO_KV_BLOCK] * unit) : v_zero();
+        for (int64_t i = 0; i < b->d; i += VL) {
+            const vf v = v_load_as_part(values + (size_t)t * row, i, b->d - i, dtype);
+            v_store(b->values + (at + t) * b->d_pad + i, scaled ? v_mul(scale, v) : v);
+        }
+    }
+}
+
+static void convert_any(const prompt_block *b, lco_dtype dtype, const uint8_t *keys, const uint8_t *values, const float *key_scales,
+                        const float *value_scales, int64_t at, int64_t skip, int64_t n)
+{
+    if (dtype == LCO_F8_E4M3)
+        convert(b, LCO_F8_E4M3, keys, values, key_scales, value_scales, at, skip, n);
+    else if (dtype == LCO_F8_E5M2)
+        convert(b, LCO_F8_E5M2, keys, values, key_scales, value_scales, at, skip, n);
+    else if (dtype == LCO_I8)
+        convert(b, LCO_I8, keys, values, key_scales, value_scales, at, skip, n);
+    else if (dtype == LCO_BF16)
+        convert(b, LCO_BF16, keys, values, NULL, NULL, at, skip, n);
+    else if (dtype == LCO_F16)
+        convert(b, LCO_F16, keys, values, NULL, NULL, at, skip, n);
+    else
+        convert(b, LCO_F32, keys, values, NULL, NULL, at, skip, n);
 }
 
 /* Positions [first, end) of the block that begins at `begin`, from one or more pages. Whole vectors of columns never cross a page. */
@@ -82,17 +108,18 @@ static void convert_block(const attention_job *job, const unit *u, const prompt_
 {
     const lco_kv_view *kv = job->args->kv;
     for (int64_t t = first, stop; t < end; t = stop) {
-        const int64_t page = t / kv->page_size, skip = (t - begin) % VL, from = t - skip;
+        const int64_t page = t / kv->page_size, skip = (t - begin) % LCO_KV_BLOCK, from = t - skip;
         stop = (page + 1) * kv->page_size < end ? (page + 1) * kv->page_size : end;
         const size_t offset = (size_t)(from % kv->page_size * b->d) * lco_dtype_bytes(kv->dtype);
         const uint8_t *keys = lco_kv_codes(kv, u->item->table[page], job->args->layer, LCO_KEY, u->head) + offset;
         const uint8_t *values = lco_kv_codes(kv, u->item->table[page], job->args->layer, LCO_VALUE, u->head) + offset;
-        if (kv->dtype == LCO_BF16)
-            convert(b, LCO_BF16, keys, values, from - begin, skip, stop - from);
-        else if (kv->dtype == LCO_F16)
-            convert(b, LCO_F16, keys, values, from - begin, skip, stop - from);
-        else
-            convert(b, LCO_F32, keys, values, from - begin, skip, stop - from);
+        const float *key_scales = NULL, *value_scales = NULL;
+        if (lco_dtype_scaled(kv->dtype)) {
+            const int64_t block = from % kv->page_size / LCO_KV_BLOCK;
+            key_scales = lco_kv_scales(kv, u->item->table[page], job->args->layer, LCO_KEY, u->head) + block;
+            value_scales = lco_kv_scales(kv, u->item->table[page], job->args->layer, LCO_VALUE, u->head) + block;
+        }
+        convert_any(b, kv->dtype, keys, values, key_scales, value_scales, from - begin, skip, stop - from);
     }
 }
 
@@ -233,29 +260,45 @@ static void store_rows(const attention_job *job, const unit *u, const prompt_blo
     }
 }
 
+/* Every tile against the block of positions from `begin` on. Rows take [seen, stop) of it: from their window on, up to their own position or
+ * to the end of what they read as codes (`own`: the block is theirs, in 16 bit). */
+static void attend_tiles(const attention_job *job, const prompt_block *b, int64_t first_pos, int64_t begin, int64_t end, bool own)
+{
+    const lco_attention_args *a = job->args;
+    for (int64_t tile = 0; tile < b->tiles; tile++) {
+        span seen[TILE_ROWS];
+        bool any = false;
+        for (int64_t r = 0; r < TILE_ROWS; r++) {
+            const int64_t row = tile * TILE_ROWS + r, pos = first_pos + (row < b->rows ? row : b->rows - 1) / job->group;
+            const int64_t from = first_seen(a, pos) - begin, coded = coded_end(a, pos), stop = own ? pos + 1 : coded;
+            const int64_t to = own && coded != begin ? 0 : (stop < end ? stop : end) - begin;
+            seen[r] = (span){from > 0 ? from : 0, to > 0 ? to : 0};
+            any = any || seen[r].begin < seen[r].end;
+        }
+        if (any)
+            attend_tile(b, tile, seen);
+    }
+}
+
 static void prompt_unit(const attention_job *job, const unit *u, float *scratch)
 {
     const lco_attention_args *a = job->args;
-    const int64_t page_size = a->kv->page_size, group = job->group;
-    const int64_t first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1;
+    const int64_t page_size = a->kv->page_size, first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1;
+    const int64_t seen_first = first_seen(a, first_pos), coded = coded_end(a, last_pos);
     prompt_block b = carve(job, u, scratch);
     load_queries(job, u, &b);
-    const int64_t seen_first = first_seen(a, first_pos);
-    for (int64_t begin = block_begin(page_size, seen_first), end; begin <= last_pos; begin = end) {
+    for (int64_t begin = block_begin(page_size, seen_first), end; begin < coded; begin = end) {
         end = block_end(page_size, begin);
-        convert_block(job, u, &b, begin, begin > seen_first ? begin : seen_first, end <= last_pos ? end : last_pos + 1);
-        for (int64_t tile = 0; tile < b.tiles; tile++) {
-            span seen[TILE_ROWS];
-            bool any = false;
-            for (int64_t r = 0; r < TILE_ROWS; r++) {
-                int64_t row = tile * TILE_ROWS + r, pos = first_pos + (row < b.rows ? row : b.rows - 1) / group;
-                int64_t from = first_seen(a, pos) - begin, to = (pos < end ? pos + 1 : end) - begin;
-                seen[r] = (span){from > 0 ? from : 0, to > 0 ? to : 0};
-                any = any || seen[r].begin < seen[r].end;
-            }
-            if (any)
-                attend_tile(&b, tile, seen);
-        }
+        convert_block(job, u, &b, begin, begin > seen_first ? begin : seen_first, end < coded ? end : coded);
+        attend_tiles(job, &b, first_pos, begin, end, false);
+    }
+    for (int64_t begin = coded_end(a, first_pos); a->kv->buffered && begin <= last_pos; begin += LCO_KV_BLOCK) {
+        const int64_t end = begin + LCO_KV_BLOCK;
+        uint8_t *own = lco_own_block(a->kv, u->item, a->layer, begin / LCO_KV_BLOCK);
+        convert_any(&b, LCO_BF16, (const uint8_t *)lco_tail_rows(a->kv, own, LCO_KEY, u->head),
+                    (const uint8_t *)lco_tail_rows(a->kv, own, LCO_VALUE, u->head), NULL, NULL, 0, 0,
+                    (end <= last_pos ? end : last_pos + 1) - begin);
+        attend_tiles(job, &b, first_pos, begin, end, true);
     }
     store_rows(job, u, &b);
 }

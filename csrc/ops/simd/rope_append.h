@@ -1,6 +1,7 @@
 /* Rotation and cache write over vec.h. Products and sums are rounded one by one as in the portable op, so that every instruction set
  * stores the same codes. */
 #include "../impl.h"
+#include "../quantise.h"
 #include "vec.h"
 
 static inline void rotate(float *x, const float *cos, const float *sin, int64_t half)
@@ -31,6 +32,8 @@ static void rope_token(const lco_rope_append_args *a, int64_t row, int64_t page,
     for (int64_t h = 0; h < kv->n_kv_heads; h++) {
         float *k = a->k + row * a->ld_kv + h * d;
         rotate(k, cos, sin, half);
+        if (lco_dtype_scaled(kv->dtype))
+            continue;
         store_codes(lco_kv_codes(kv, page, a->layer, LCO_KEY, h) + offset, k, d, kv->dtype);
         store_codes(lco_kv_codes(kv, page, a->layer, LCO_VALUE, h) + offset, a->v + row * a->ld_kv + h * d, d, kv->dtype);
     }
@@ -57,5 +60,5 @@ static lco_status rope_append(const lco_rope_append_args *args)
     for (int64_t i = 0; i < args->n_items; i++)
         n += args->items[i].len;
     lco_pool_for(args->exec->pool, n, 1 + serial / width, rope_tokens, (void *)args);
-    return LCO_OK;
+    return lco_dtype_scaled(args->kv->dtype) ? quantise_rows(args) : LCO_OK;
 }

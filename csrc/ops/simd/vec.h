@@ -151,9 +151,44 @@ static inline vf v_exp(vf a)
 }
 #endif
 
+/* VL one-byte codes as floats, e4m3 times 2^-8 (a float16 of the same bits; v_code_unit mends it in the scale). A NaN of e4m3 comes out as
+ * a number: the block's scale is NaN then (base/codes.h). */
+#if defined(__AVX512F__)
+static inline vf v_from_codes(__m128i c, lco_dtype dtype)
+{
+    if (dtype == LCO_I8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(c));
+    if (dtype == LCO_F8_E5M2)
+        return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(c), 8));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(c), 7), _mm256_set1_epi16((short)0xBFFF)));
+}
+static inline __m128i v_load_codes(const void *p) { return _mm_loadu_si128(p); }
+static inline __m128i v_load_codes_n(const void *p, int64_t n) { return _mm_maskz_loadu_epi8(v_first(n), p); }
+#else
+static inline vf v_from_codes(__m128i c, lco_dtype dtype)
+{
+    if (dtype == LCO_I8)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c));
+    if (dtype == LCO_F8_E5M2)
+        return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(c), 8));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(c), 7), _mm_set1_epi16((short)0xBFFF)));
+}
+static inline __m128i v_load_codes(const void *p) { return _mm_loadl_epi64(p); }
+static inline __m128i v_load_codes_n(const void *p, int64_t n)
+{
+    __m128i c = _mm_setzero_si128();
+    memcpy(&c, p, (size_t)n);
+    return c;
+}
+#endif
+
+static inline float v_code_unit(lco_dtype dtype) { return dtype == LCO_F8_E4M3 ? 256.0f : 1.0f; }
+
 /* VL elements of a weight or cache row, whatever its type, as floats. */
 static inline vf v_load_as(const void *row, int64_t i, lco_dtype dtype)
 {
+    if (lco_dtype_scaled(dtype))
+        return v_from_codes(v_load_codes((const uint8_t *)row + i), dtype);
     if (dtype == LCO_BF16)
         return v_from_bf16(v_load_half((const uint16_t *)row + i));
     if (dtype == LCO_F16)
@@ -163,6 +198,8 @@ static inline vf v_load_as(const void *row, int64_t i, lco_dtype dtype)
 
 static inline vf v_load_as_n(const void *row, int64_t i, int64_t n, lco_dtype dtype)
 {
+    if (lco_dtype_scaled(dtype))
+        return v_from_codes(v_load_codes_n((const uint8_t *)row + i, n), dtype);
     if (dtype == LCO_BF16)
         return v_from_bf16(v_load_half_n((const uint16_t *)row + i, n));
     if (dtype == LCO_F16)
