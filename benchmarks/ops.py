@@ -23,7 +23,7 @@ from table import write_csv
 from llmcoopt import _core
 
 ROTATE_BYTES = 384 << 20
-SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}  # bytes of an element
 PAGE = 64
 
 
@@ -109,16 +109,24 @@ class Bench:
         yield Case("swiglu", f"{f} m{m}", lambda: self.ctx.swiglu(product, gate, up), m * f * 12, 12.0 * m * f)
 
     def caches(self, shape: Shape, tokens: int, dtype: str) -> Iterator[np.ndarray]:
-        """Caches of one layer and sequence, each at another place of the memory."""
-        size = -(-tokens // PAGE) * 2 * PAGE * shape.kv_heads * shape.head_dim * SIZE[dtype]
+        """Caches of one layer and sequence, each at another place of the memory (one cache of all of it when that is smaller)."""
+        scales = 2 * shape.kv_heads * PAGE // 16 * 4 if SIZE[dtype] == 1 else 0  # read from the noise too: bfloat16 noise is float32 noise
+        page = -(-(2 * PAGE * shape.kv_heads * shape.head_dim * SIZE[dtype] + scales) // 64) * 64
         pool = self.memory.view(np.uint8)
+        size = min(-(-tokens // PAGE), len(pool) // page) * page
         return itertools.cycle([pool[i * size : (i + 1) * size] for i in range(max(1, len(pool) // size))])
 
     def cache_ops(self, shape: Shape, m: int, context: int, dtype: str) -> Iterator[Case]:
         """rope_append and attention of one sequence: m prompt rows after `context` tokens, or one decode row when m is 1."""
         h, g, d, tokens = shape.heads, shape.kv_heads, shape.head_dim, context + m
         where = {"dtype": dtype, "page_size": PAGE, "n_layers": 1, "layer": 0}
-        items = [(np.arange(-(-tokens // PAGE), dtype=np.int32), 0, m, context, m > 1)]
+        page_bytes = 2 * PAGE * g * d * SIZE[dtype]  # without scales: at most so many fit
+        table = np.arange(-(-tokens // PAGE)) % (ROTATE_BYTES // (page_bytes + page_bytes // 32))
+        item = (table.astype(np.int32), 0, m, context, m > 1)
+        if SIZE[dtype] == 1:  # the blocks that the rows are in, in 16 bit
+            tail = [np.zeros(blocks * 2 * 2 * 16 * g * d, np.uint8) for blocks in (1, 1, m // 16 + 2)]
+            item = (*item, *tail)
+        items = [item]
         q, k, v, out = self.floats(m, h, d), self.floats(m, g, d), self.floats(m, g, d), np.empty((m, h, d), np.float32)
         angle = self.floats(m, d // 2)
         cos, sin = np.cos(angle), np.sin(angle)
@@ -141,7 +149,7 @@ class Bench:
             4.0 * pairs * h * d,
         )
 
-    def cases(self, shape: Shape, ops: list[str], dtypes: list[str]) -> Iterator[Case]:
+    def cases(self, shape: Shape, ops: list[str], dtypes: list[str], cache_dtypes: list[str]) -> Iterator[Case]:
         every = []
         if "linear" in ops:
             every += [
@@ -152,7 +160,8 @@ class Bench:
         if {"embed", "rmsnorm", "swiglu"} & set(ops):
             every += [self.small(shape, m) for m in (1, 512)]
         if {"rope_append", "attention"} & set(ops):
-            every += [self.cache_ops(shape, m, context, "bfloat16") for m, context in ((1, 1023), (1, 8191), (512, 0), (512, 2048))]
+            steps = ((1, 1023), (1, 8191), (1, 16383), (1, 65535), (512, 0), (512, 2048))
+            every += [self.cache_ops(shape, m, context, t) for m, context in steps for t in cache_dtypes]
         for case in itertools.chain.from_iterable(every):
             if case.op in ops:
                 yield case
@@ -182,7 +191,8 @@ def main() -> None:
     parser.add_argument("--ops", nargs="*", default=known, choices=known)
     parser.add_argument("--isa", nargs="*", default=[isa for isa in _core.isas() if isa != "ref"], choices=_core.isas())
     parser.add_argument("--shapes", nargs="*", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=list(SIZE), help="of the weights (default: bfloat16)")
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=list(SIZE)[:3], help="of the weights (default: bfloat16)")
+    parser.add_argument("--cache-dtypes", nargs="*", default=["bfloat16", "fp8_e4m3"], choices=list(SIZE), help="of keys and values")
     parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, roofline.cpu_count()}))
     parser.add_argument("--seconds", type=float, default=0.2, help="for each row")
     parser.add_argument("--csv", type=Path, help="file to write (default: results/ops_<date>.csv)")
@@ -195,7 +205,7 @@ def main() -> None:
         bench = Bench(isa, threads, memory)
         read, peaks = limits["read_best"][str(threads)], limits["flops"][str(threads)]
         for shape in (s for s in SHAPES if s.name in options.shapes):
-            for case in bench.cases(shape, options.ops, options.dtypes):
+            for case in bench.cases(shape, options.ops, options.dtypes, options.cache_dtypes):
                 seconds = measure(case.call, options.seconds, time.thread_time if threads == 1 else time.perf_counter)
                 unit = case.unit or ("avx2 f32" if isa in ("avx2", "ref") else "avx512 f32")
                 floor = max(case.bytes / read, case.flops / peaks[unit] if unit in peaks else 0)

@@ -40,6 +40,7 @@ typedef struct {
     unit *units;
     merge_item *merges;
     int64_t n_units, n_merges, group, d_pad, part_stride;
+    float lift;                    /* attention_decode.h */
     float *scratch;                /* [threads, scratch_stride] */
     int64_t scratch_stride, pairs; /* of a query row and a position, at most */
 } attention_job;
@@ -106,7 +107,7 @@ static void merge_heads(void *ctx, int64_t begin, int64_t end, int thread)
             vf sum = v_zero();
             for (int64_t s = 0; s < merge->n_splits; s++)
                 sum = v_fma(v_set(weight[s]), v_load(merge->parts + s * job->part_stride + head * job->d_pad + j), sum);
-            v_store_part(out + j, v_div(sum, v_set(total)), d - j);
+            v_store_part(out + j, v_mul(v_div(sum, v_set(total)), v_set(job->lift)), d - j);
         }
     }
 }
@@ -205,6 +206,7 @@ static lco_status attention(const lco_attention_args *args)
 {
     lco_mark mark = lco_arena_mark(args->exec->scratch);
     attention_job job = {.args = args, .group = args->n_heads / args->kv->n_kv_heads, .d_pad = round_up(args->kv->head_dim, VL)};
+    job.lift = args->kv->dtype == LCO_F8_E4M3 || args->kv->dtype == LCO_F8_E5M2 ? 0x1p60f : 1.0f;
     lco_status status = plan_units(&job);
     if (status == LCO_OK) {
         const bool serial = job.pairs * args->n_heads * args->kv->head_dim < SERIAL_PRODUCTS;
