@@ -96,7 +96,7 @@ def object_dir(kind):
 
 class BuildExt(build_ext):
     def build_extension(self, ext):
-        define = ["-DPy_LIMITED_API=0x030B0000", f"-I{python_include()}"]
+        define = [*([] if sanitizers() else ["-DNDEBUG"]), "-DPy_LIMITED_API=0x030B0000", f"-I{python_include()}"]
         objects = compile_all(sources(python=True), object_dir("ext"), define)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

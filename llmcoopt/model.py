@@ -94,6 +94,7 @@ class Model:
         if start + n > self.config.max_positions:
             raise ArgumentError(f"ids: {n} tokens after {start} held make {start + n}, the model's context is {self.config.max_positions}")
         logits = np.empty(vocab if last_only else (n, vocab), dtype=np.float32)
+        sequence._core.hold()
         try:
             for at in range(0, n, CHUNK):
                 part = ids[at : at + CHUNK]

@@ -132,6 +132,8 @@ lco_status lco_job_create(lco_engine *engine, const lco_request *request, lco_jo
         job->owns_seq = true;
     }
     job->base = lco_seq_length(job->seq);
+    if ((status = lco_seq_hold(job->seq, err)) != LCO_OK)
+        goto fail;
     *out = job;
     return LCO_OK;
 fail:

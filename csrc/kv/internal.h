@@ -24,6 +24,8 @@ struct lco_seq {
     int64_t length;
     uint8_t *tails; /* two; NULL: none yet */
     int tail;       /* which of them is current */
+    uint8_t *held;  /* lco_seq_hold: the tail at held_length; meaningless when that is 0 */
+    int64_t held_length;
     lco_seq *previous, *next;
 };
 

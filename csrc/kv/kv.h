@@ -4,13 +4,13 @@
  * 1. Every page is free (reference count 0, on the free list once) or held (count = the number of table entries that name it).
  * 2. A sequence of n tokens holds at least ceil(n / page_size) pages; pages past that are reserved for tokens to come.
  * 3. Slots [length, ...) of a sequence's last page may hold anything; no reader goes past the length.
- * 4. A page with count > 1 is never written: lco_kv_reserve copies it first (copy-on-write).
+ * 4. A page with count > 1 is never written: lco_seq_reserve copies it first (copy-on-write).
  * 5. Of a sequence of n tokens in a cache with a write-back buffer, the tokens from n / 16 * 16 on lie in its tail in 16 bit, all others as codes
  *    in pages. Readers take the block of the query's own position from the tail, all earlier ones from codes, whatever was cached when.
  * 6. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
  *    and is given back when pages are freed.
  *
- * States of a page: free -> (lco_kv_reserve) held -> (lco_kv_fork) shared -> (free, truncate, copy-on-write) held -> free. */
+ * States of a page: free -> (lco_seq_reserve) held -> (lco_seq_fork) shared -> (free, truncate, copy-on-write) held -> free. */
 #ifndef LCO_KV_KV_H
 #define LCO_KV_KV_H
 
@@ -57,6 +57,9 @@ lco_kv *lco_seq_cache(const lco_seq *seq);
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
 void lco_seq_commit(lco_seq *seq, int64_t n); /* n reserved tokens were written: the length grows */
+/* Remembers the block being filled, so that truncating to this length again, or to less in this block, is exact whatever is appended meanwhile.
+ * One place is remembered, the last. */
+lco_status lco_seq_hold(lco_seq *seq, lco_error *err);
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length,
                             lco_error *err); /* keeps [0, length), returns pages past it. A block that was quantised already and is
                                                                             * filled again later comes back to the tail as its codes say. */

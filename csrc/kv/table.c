@@ -38,6 +38,7 @@ void lco_seq_destroy(lco_seq *seq)
         seq->kv->sequences = seq->next;
     if (seq->next != NULL)
         seq->next->previous = seq->previous;
+    lco_free(seq->held);
     lco_free(seq->tails);
     lco_free(seq->table);
     lco_free(seq);
@@ -175,13 +176,36 @@ static void reload_tail(lco_seq *seq, int64_t block, int64_t n)
     }
 }
 
+lco_status lco_seq_hold(lco_seq *seq, lco_error *err)
+{
+    const size_t bytes = lco_kv_tail_bytes(seq->kv);
+    if (seq->tails == NULL || seq->length % LCO_KV_BLOCK == 0)
+        return LCO_OK;
+    if (seq->held == NULL && (seq->held = lco_alloc(bytes)) == NULL)
+        return lco_fail(err, LCO_ENOMEM, "out of memory for a copy of the write buffer of a sequence (%zu bytes)", bytes);
+    memcpy(seq->held, lco_seq_tail(seq), bytes);
+    seq->held_length = seq->length;
+    return LCO_OK;
+}
+
+/* The tail of a sequence that is cut to `length`, inside a block that was quantised. */
+static void restore_tail(lco_seq *seq, int64_t length)
+{
+    if (length <= seq->held_length && length / LCO_KV_BLOCK == seq->held_length / LCO_KV_BLOCK)
+        memcpy(lco_seq_tail(seq), seq->held, lco_kv_tail_bytes(seq->kv));
+    else
+        reload_tail(seq, length / LCO_KV_BLOCK, length % LCO_KV_BLOCK);
+}
+
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
 {
     if (length < 0 || length > seq->length)
         return lco_fail(err, LCO_EINVAL, "truncate to %lld tokens, expected 0 to the sequence's length %lld", (long long)length,
                         (long long)seq->length);
     if (seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK)
-        reload_tail(seq, length / LCO_KV_BLOCK, length % LCO_KV_BLOCK);
+        restore_tail(seq, length);
+    if (length < seq->held_length)
+        seq->held_length = 0;
     seq->length = length;
     drop_pages(seq, pages_for(seq, length));
     return LCO_OK;

@@ -231,6 +231,19 @@ static PyObject *sequence_truncate(sequence_object *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *sequence_hold(sequence_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_seq *seq = lco_py_sequence(self);
+    if (seq == NULL || refuse_busy(self) != 0)
+        return NULL;
+    lco_error err;
+    lco_status status;
+    LOCKED(self->cache->model, status = lco_seq_hold(seq, &err));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    Py_RETURN_NONE;
+}
+
 static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
     if (refuse_busy(self) != 0)
@@ -244,6 +257,7 @@ static PyMethodDef sequence_methods[] = {
     {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS,
      "fork()\n--\n\nA second sequence that shares all pages until one of them is written."},
     {"truncate", (PyCFunction)(void (*)(void))sequence_truncate, METH_O, "truncate(length)\n--\n\nKeep the first tokens only."},
+    {"hold", (PyCFunction)(void (*)(void))sequence_hold, METH_NOARGS, "hold()\n--\n\nMake truncating to this length exact."},
     {"free", (PyCFunction)(void (*)(void))sequence_free, METH_NOARGS, "free()\n--\n\nReturn the pages."},
     {NULL, NULL, 0, NULL},
 };
