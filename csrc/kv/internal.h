@@ -10,8 +10,9 @@ struct lco_kv {
     int64_t n_pages;
     uint8_t *base;       /* address space for all pages */
     int32_t *refs;       /* [n_pages] table entries that name the page */
-    int32_t *free_stack; /* [n_pages] free pages, the next one to hand out last */
-    int64_t n_free;
+    int64_t n_touched;   /* pages from here on were never handed out: free, and without entries in the two lists below */
+    int32_t *free_stack; /* [n_pages] of the others the free ones, the next one to hand out last */
+    int64_t n_stacked;
     lco_seq *sequences; /* list */
     int64_t tokens_appended, blocks_quantised, pages_copied;
     size_t system_page;
@@ -32,6 +33,7 @@ struct lco_seq {
 size_t lco_kv_tail_bytes(const lco_kv *kv); /* of one sequence; 0 without a write buffer */
 
 /* page.c */
+int64_t lco_page_free_count(const lco_kv *kv);
 lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err); /* count becomes 1 */
 void lco_page_share(lco_kv *kv, int32_t page);
 void lco_page_release(lco_kv *kv, int32_t page);

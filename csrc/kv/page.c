@@ -59,8 +59,8 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
     kv->page_bytes = bytes;
     kv->n_pages = n_pages;
     kv->system_page = (size_t)sysconf(_SC_PAGESIZE);
-    kv->refs = lco_calloc((size_t)n_pages, sizeof *kv->refs);
-    kv->free_stack = lco_calloc((size_t)n_pages, sizeof *kv->free_stack);
+    kv->refs = lco_alloc((size_t)n_pages * sizeof *kv->refs); /* not touched before its page is */
+    kv->free_stack = lco_alloc((size_t)n_pages * sizeof *kv->free_stack);
     if (kv->refs == NULL || kv->free_stack == NULL) {
         status = lco_fail(err, LCO_ENOMEM, "out of memory for the page list of max_tokens = %lld", (long long)options->max_tokens);
         goto fail;
@@ -72,9 +72,6 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
                           total, (long long)options->max_tokens, bytes / (size_t)options->page_size, strerror(errno));
         goto fail;
     }
-    for (int64_t i = 0; i < n_pages; i++)
-        kv->free_stack[i] = (int32_t)(n_pages - 1 - i);
-    kv->n_free = n_pages;
     *out = kv;
     return LCO_OK;
 fail:
@@ -112,12 +109,18 @@ size_t lco_kv_tail_bytes(const lco_kv *kv)
     return view.buffered ? lco_tail_bytes(&view) * (size_t)view.n_layers : 0;
 }
 
+int64_t lco_page_free_count(const lco_kv *kv) { return kv->n_pages - kv->n_touched + kv->n_stacked; }
+
 lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
 {
-    if (kv->n_free == 0)
+    if (lco_page_free_count(kv) == 0)
         return lco_fail(err, LCO_EPAGES, "no free page");
-    *page = kv->free_stack[--kv->n_free];
-    assert(kv->refs[*page] == 0);
+    if (kv->n_stacked > 0) {
+        *page = kv->free_stack[--kv->n_stacked];
+        assert(kv->refs[*page] == 0);
+    } else {
+        *page = (int32_t)kv->n_touched++;
+    }
     kv->refs[*page] = 1;
     return LCO_OK;
 }
@@ -140,7 +143,7 @@ void lco_page_release(lco_kv *kv, int32_t page)
     if (--kv->refs[page] > 0)
         return;
     unmap_page(kv, page);
-    kv->free_stack[kv->n_free++] = page;
+    kv->free_stack[kv->n_stacked++] = page;
 }
 
 void lco_page_copy(lco_kv *kv, int32_t to, int32_t from)
@@ -156,12 +159,12 @@ static int64_t resident_bytes(const lco_kv *kv)
     unsigned char state[STEP];
     const size_t total = kv->page_bytes * (size_t)kv->n_pages;
     int64_t bytes = 0;
-    for (int32_t page = 0; page < kv->n_pages; page++) { /* only pages in use can be resident, but for the shared edges */
+    for (int32_t page = 0; page < kv->n_touched; page++) { /* only pages in use can be resident, but for the shared edges */
         if (kv->refs[page] == 0)
             continue;
         size_t begin = (size_t)page * kv->page_bytes & ~(kv->system_page - 1);
         size_t end = ((size_t)page + 1) * kv->page_bytes;
-        if (page + 1 < kv->n_pages && kv->refs[page + 1] > 0)
+        if (page + 1 < kv->n_touched && kv->refs[page + 1] > 0)
             end &= ~(kv->system_page - 1); /* the shared system page is counted with the next page */
         end = end < total ? end : total;
         for (size_t at = begin; at < end; at += STEP * kv->system_page) {
@@ -179,7 +182,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
 {
     lco_kv_stats s = {
         .pages_total = kv->n_pages,
-        .pages_free = kv->n_free,
+        .pages_free = lco_page_free_count(kv),
         .page_bytes = (int64_t)kv->page_bytes,
         .reserved_bytes = (int64_t)kv->page_bytes * kv->n_pages,
         .resident_bytes = resident_bytes(kv),
@@ -188,7 +191,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         .blocks_quantised = kv->blocks_quantised,
         .pages_copied = kv->pages_copied,
     };
-    for (int64_t i = 0; i < kv->n_pages; i++)
+    for (int64_t i = 0; i < kv->n_touched; i++)
         s.pages_shared += kv->refs[i] > 1;
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
         s.sequences++;
@@ -200,7 +203,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
 
 lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
 {
-    int32_t *counts = lco_calloc((size_t)kv->n_pages, sizeof *counts);
+    int32_t *counts = lco_calloc((size_t)kv->n_touched, sizeof *counts);
     if (counts == NULL)
         return lco_fail(err, LCO_ENOMEM, "out of memory for the check");
     lco_status status = LCO_OK;
@@ -209,20 +212,20 @@ lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
             status =
                 lco_fail(err, LCO_EFORMAT, "a sequence of %lld tokens holds %lld pages", (long long)seq->length, (long long)seq->n_pages);
         for (int64_t i = 0; i < seq->n_pages && status == LCO_OK; i++) {
-            if (seq->table[i] < 0 || seq->table[i] >= kv->n_pages)
+            if (seq->table[i] < 0 || seq->table[i] >= kv->n_touched)
                 status = lco_fail(err, LCO_EFORMAT, "table entry %lld names page %d of %lld", (long long)i, seq->table[i],
-                                  (long long)kv->n_pages);
+                                  (long long)kv->n_touched);
             else
                 counts[seq->table[i]]++;
         }
     }
-    for (int64_t i = 0; i < kv->n_pages && status == LCO_OK; i++)
+    for (int64_t i = 0; i < kv->n_touched && status == LCO_OK; i++)
         if (counts[i] != kv->refs[i])
             status = lco_fail(err, LCO_EFORMAT, "page %lld has count %d but %d table entries", (long long)i, kv->refs[i], counts[i]);
-    for (int64_t i = 0; i < kv->n_free && status == LCO_OK; i++)
+    for (int64_t i = 0; i < kv->n_stacked && status == LCO_OK; i++)
         if (counts[kv->free_stack[i]]++ != 0)
             status = lco_fail(err, LCO_EFORMAT, "page %d is on the free list and in use, or listed twice", kv->free_stack[i]);
-    for (int64_t i = 0; i < kv->n_pages && status == LCO_OK; i++)
+    for (int64_t i = 0; i < kv->n_touched && status == LCO_OK; i++)
         if (counts[i] == 0)
             status = lco_fail(err, LCO_EFORMAT, "page %lld is neither free nor held", (long long)i);
     lco_free(counts);

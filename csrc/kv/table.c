@@ -126,12 +126,13 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
     int64_t open = seq->length / page_size; /* index of the page that the next token goes to */
     bool copy = n > 0 && open < seq->n_pages && kv->refs[seq->table[open]] > 1;
     int64_t needed = (want > seq->n_pages ? want - seq->n_pages : 0) + copy;
-    if (needed > kv->n_free)
+    if (needed > lco_page_free_count(kv))
         return lco_fail(
             err, LCO_EPAGES,
             "the cache is full: %lld more tokens need %lld pages of %d tokens, %lld of %lld are free; raise max_tokens (now %lld) "
             "or free sequences",
-            (long long)n, (long long)needed, page_size, (long long)kv->n_free, (long long)kv->n_pages, (long long)kv->options.max_tokens);
+            (long long)n, (long long)needed, page_size, (long long)lco_page_free_count(kv), (long long)kv->n_pages,
+            (long long)kv->options.max_tokens);
     lco_status status = grow_table(seq, want, err);
     if (status == LCO_OK && n > 0)
         status = need_tail(seq, err);
