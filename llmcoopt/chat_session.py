@@ -28,7 +28,9 @@ class ChatSession:
         held = self._sequence.ids
         same = next((i for i, (a, b) in enumerate(zip(held, ids[:-1], strict=False)) if a != b), min(len(held), len(ids) - 1))
         self._sequence.truncate(same)
-        self._answer = generate(self.model, ids[same:], tokenizer=self.tokenizer, sequence=self._sequence, **self.options)
+        self._answer = generate(
+            self.model, ids[same:], tokenizer=self.tokenizer, sequence=self._sequence, **{"continues": False, **self.options}
+        )
         self.messages = messages
         return self._answer
 

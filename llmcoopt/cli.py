@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="the system message")
     chat.add_argument("--prompt", help="ask this one question and end")
     _add_options(chat, max_new_tokens=512)
-    chat.set_defaults(run=_chat)
+    chat.set_defaults(run=_chat, refuse=chat.error)
     return parser
 
 
@@ -135,6 +135,8 @@ def _generate(args):
 def _chat(args):
     from .chat_session import ChatSession
 
+    if args.json and args.prompt is None:
+        args.refuse("--json needs --prompt: a conversation is not one JSON object")
     model, tokenizer = _load(args)
     session = ChatSession(model, tokenizer, system=args.system, **_options(args))
     if args.prompt is not None:

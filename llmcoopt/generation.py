@@ -7,16 +7,17 @@ runs beside it. (llama.cpp applies temperature last; Hugging Face has this order
 
 import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from . import _core
-from ._arrays import as_ids
+from ._arrays import as_ids, as_prompts
 from .cache import KVCache, Sequence, of_model
 from .errors import ArgumentError
-from .streaming import TextStream
+from .streaming import TextStream, check_stop
 
 _EMPTY = np.empty(0, dtype=np.int32)
 
@@ -28,7 +29,8 @@ class Options:
     max_new_tokens: None: as far as the context goes. max_length: prompt + new, an alternative to max_new_tokens.
     min_new_tokens: no eos before. do_sample: None samples when temperature, top_k, top_p, min_p or seed is given.
     temperature: 0 means greedy. top_k: 0 off. top_p: 1 off. min_p: 0 off. repetition_penalty: 1 off.
-    seed: None draws one (Generation.seed tells it). eos_token_id: an id or a list; None: the model's own; [] or ignore_eos: none.
+    seed: None draws one (Generation.seed tells it). eos_token_id: an id or a list; None: the model's own and, with a tokenizer, the
+    tokenizer's; [] or ignore_eos: none.
     """
 
     max_new_tokens: int | None = None
@@ -44,9 +46,14 @@ class Options:
     eos_token_id: int | list[int] | None = None
     ignore_eos: bool = False
 
+    def __post_init__(self):
+        if self.do_sample is not None:
+            _flag("do_sample", self.do_sample)
+        _flag("ignore_eos", self.ignore_eos)
+
     def sampling(self) -> bool:
         if self.do_sample is not None:
-            return self.do_sample and self.temperature != 0
+            return bool(self.do_sample) and self.temperature != 0
         given = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
         return self.temperature != 0 and any(value is not None for value in given)
 
@@ -67,15 +74,15 @@ class Options:
             return self.max_length - held - n_prompt
         return room
 
-    def request(self, prompt, model, sequence: Sequence | None = None) -> dict:
+    def request(self, prompt, model, sequence: Sequence | None = None, tokenizer=None) -> dict:
         """The arguments of _core.Engine.add."""
         held = len(sequence) if sequence is not None else 0
         sampling = self.sampling()
         return {
             "prompt": prompt,
             "max_new_tokens": self.new_tokens(len(prompt), held, model.config.max_positions),
-            "eos": self._eos(model),
-            "ignore_eos": self.ignore_eos,
+            "eos": self._eos(model, tokenizer),
+            "ignore_eos": bool(self.ignore_eos),
             "min_new_tokens": _whole("min_new_tokens", self.min_new_tokens),
             "do_sample": sampling,
             "temperature": 1.0 if self.temperature is None or not sampling else _number("temperature", self.temperature),
@@ -88,10 +95,20 @@ class Options:
             "history": np.asarray(sequence._ids, dtype=np.int32) if sequence is not None and len(sequence._ids) else _EMPTY,
         }
 
-    def _eos(self, model) -> np.ndarray:
-        ids = model.config.eos_token_ids if self.eos_token_id is None else self.eos_token_id
-        ids = [ids] if isinstance(ids, int | np.integer) else list(ids)
-        return as_ids(ids, model.config.vocab_size, "eos_token_id") if ids else _EMPTY
+    def _eos(self, model, tokenizer) -> np.ndarray:
+        size = model.config.vocab_size
+        if self.eos_token_id is None:  # a GGUF file may name the end of a text alone, and its tokenizer know the end of a turn
+            known = [i for i in tokenizer.eos_token_ids if i < size] if tokenizer is not None else []
+            ids = list(dict.fromkeys([*model.config.eos_token_ids, *known]))
+        else:
+            many = isinstance(self.eos_token_id, Iterable) and getattr(self.eos_token_id, "ndim", 1) > 0
+            ids = list(self.eos_token_id) if many else [self.eos_token_id]
+        return as_ids(ids, size, "eos_token_id") if ids else _EMPTY
+
+
+def _flag(name: str, value) -> None:
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentError(f"{name} = {value!r}, expected True or False")
 
 
 def _whole(name: str, value, most: int = 2**31 - 1) -> int:
@@ -110,22 +127,24 @@ class Generation:
     """An iterator over new token ids; made by `generate`.
 
     Attributes: ids (new tokens so far), logprobs (of each under the model's raw distribution), finish_reason (None while running, then "eos",
-    "length", "stop" or "cancelled"), text (with a tokenizer; stop strings cut off), seed, stats. Iterate it, or call run(), or pieces() for
-    text as it comes. After Ctrl-C it can go on: no token is lost. close() ends it early and returns its pages; so does a `with` block.
+    "length", "stop", "cancelled" or "error", whose exception was raised), text (with a tokenizer; stop strings cut off), seed, stats. Iterate
+    it, or call run(), or pieces() for text as it comes. After Ctrl-C it can go on: no token is lost. close() ends it early and returns its
+    pages; so does a `with` block.
     """
 
     # The core puts events into _events before it returns; all else is derived from them, so an interrupt at any point leaves this consistent.
 
-    def __init__(self, model, prompt, options: Options, cache, sequence, tokenizer, stop_strings):
+    def __init__(self, model, prompt, options: Options, cache, sequence, tokenizer, stop_strings, continues: bool):
         self.model, self.tokenizer = model, tokenizer
         self.finish_reason: str | None = None
         self._events: list[tuple] = []
         self._given = 0  # events that were handed out
-        self._text = _Text(tokenizer, stop_strings) if tokenizer is not None else None
         self._sequence = sequence
         self._held = len(sequence) if sequence is not None else 0
-        request = options.request(prompt, model, sequence)
+        request = options.request(prompt, model, sequence, tokenizer)
         self.prompt = prompt.tolist()
+        before = [*request["history"].tolist(), *self.prompt] if continues else []
+        self._text = _Text(tokenizer, stop_strings, before) if tokenizer is not None else None
         self.seed = request["seed"] if request["do_sample"] else None
         self._own_cache = cache is None and sequence is None
         if self._own_cache:
@@ -246,10 +265,11 @@ class Generation:
 
 
 class _Text:
-    """The text of a growing list of events, in pieces. Begins again when an interrupt came into the middle of its work."""
+    """The text of a growing list of events after the ids `before`, in pieces. Begins again when an interrupt came into the middle of its
+    work."""
 
-    def __init__(self, tokenizer, stop_strings):
-        self._make = lambda: TextStream(tokenizer, stop=stop_strings)
+    def __init__(self, tokenizer, stop_strings, before: list[int]):
+        self._make = lambda: TextStream(tokenizer, stop=stop_strings, after=before)
         self._begin()
 
     def _begin(self):
@@ -277,17 +297,21 @@ class _Text:
         return self._stream.stopped
 
 
-def generate(model, ids, *, tokenizer=None, stop_strings=None, cache=None, sequence: Sequence | None = None, **options) -> Generation:
+def generate(
+    model, ids, *, tokenizer=None, stop_strings=None, cache=None, sequence: Sequence | None = None, continues: bool = True, **options
+) -> Generation:
     """Generates from one prompt; returns an iterator over the new token ids.
 
     Args:
         model: a Model.
         ids: the prompt's token ids (or a string, with a tokenizer).
-        tokenizer: gives the result `.text` and allows stop_strings.
-        stop_strings: a string or list; generation ends when one appears, also across tokens. They are cut from `.text`.
+        tokenizer: gives the result `.text` and allows stop_strings; its end tokens end the generation too.
+        stop_strings: a string or list; generation ends when one appears in the new text, also across tokens. They are cut from `.text`.
         cache: a KVCache to take pages from; None: one of its own, as large as needed.
         sequence: a Sequence to go on with; the prompt is appended to what it holds, and it keeps prompt and output afterwards (the last token
             is not computed yet, so not held).
+        continues: the prompt's text and `.text` join to the text of all ids: a blank between them is kept. False: `.text` is a text of its own,
+            as a chat's answer is; vocabularies that put a blank before every text (SentencePiece) lose their first one.
         **options: the fields of `Options`: max_new_tokens, temperature, top_p, seed, ...
 
     Raises ArgumentError for a wrong option, OutOfPagesError, NumericError.
@@ -296,16 +320,27 @@ def generate(model, ids, *, tokenizer=None, stop_strings=None, cache=None, seque
         if tokenizer is None:
             raise ArgumentError("ids: found a string; pass tokenizer= too, or token ids")
         ids = tokenizer.encode(ids)
-    stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-    if stop and tokenizer is None:
-        raise ArgumentError("stop_strings need text: pass tokenizer=")
+    stop = _stops(stop_strings, tokenizer)
+    _flag("continues", continues)
     if cache is not None:
         of_model(cache, KVCache, model, "cache")
     if sequence is not None:
         of_model(sequence, Sequence, model, "sequence")
         if cache is not None and sequence.cache is not cache:
             raise ArgumentError("sequence: it belongs to another cache than the one passed")
-    return Generation(model, as_ids(ids, model.config.vocab_size), _options(options), cache, sequence, tokenizer, stop)
+    return Generation(model, as_ids(ids, model.config.vocab_size), _options(options), cache, sequence, tokenizer, stop, continues)
+
+
+def _stops(stop_strings, tokenizer) -> tuple[str, ...]:
+    """Stop strings, checked; the tokenizer that they need, too."""
+    if tokenizer is not None and not hasattr(tokenizer, "stream_decoder"):
+        raise ArgumentError(f"tokenizer: expected an llmcoopt.Tokenizer, found {type(tokenizer).__name__}")
+    if isinstance(stop_strings, Iterable) and not isinstance(stop_strings, str | bytes):
+        stop_strings = list(stop_strings)
+    stops = check_stop(stop_strings, "stop_strings")
+    if stops and tokenizer is None:
+        raise ArgumentError("stop_strings need text: pass tokenizer=")
+    return stops
 
 
 def _options(options: dict) -> Options:
@@ -325,6 +360,7 @@ class GenerationOutput:
     finish_reasons: list[str]
     errors: list[Exception | None]
     stats: dict = field(default_factory=dict)
+    texts: list[str] | None = None  # of the new ids, stop strings cut off; None without a tokenizer
 
 
 def generate_batch(
@@ -332,6 +368,8 @@ def generate_batch(
     input_ids,
     *,
     attention_mask=None,
+    tokenizer=None,
+    stop_strings=None,
     cache=None,
     max_batch: int = 64,
     return_full: bool = True,
@@ -342,7 +380,10 @@ def generate_batch(
     """Generates for many prompts at once.
 
     Args:
-        input_ids: a list of lists of token ids, of any lengths, or an array [n, length] (then attention_mask tells padding: 0).
+        input_ids: a list of lists of token ids, of any lengths, or an array [n, length] (then attention_mask tells padding: 0), or what a
+            tokenizer returned.
+        tokenizer: gives the GenerationOutput texts and allows stop_strings; its end tokens end a row too.
+        stop_strings: a string or list; a row ends when one appears in its new text. The ids of the row include it, the text does not.
         max_batch: sequences computed at once; the others wait.
         return_full: rows are prompt + new ids, as Hugging Face returns them; False: new ids alone.
         return_dict_in_generate: a GenerationOutput instead, where a row that failed has its error and the others their result.
@@ -351,12 +392,16 @@ def generate_batch(
 
     Returns a list of lists. Without return_dict_in_generate the first error of any row is raised, after the others were stopped.
     """
-    prompts = _prompts(input_ids, attention_mask, model.config.vocab_size)
+    stops = _stops(stop_strings, tokenizer)
+    prompts = as_prompts(input_ids, attention_mask, model.config.vocab_size)
     seeds = options.pop("seed", None)
     seeds = list(seeds) if isinstance(seeds, list | tuple | np.ndarray) else [seeds] * len(prompts)
     if len(seeds) != len(prompts):
         raise ArgumentError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts")
-    requests = [_options({**options, "seed": seed}).request(prompt, model) for prompt, seed in zip(prompts, seeds, strict=True)]
+    requests = [
+        _options({**options, "seed": seed}).request(prompt, model, tokenizer=tokenizer) for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    texts = [_Text(tokenizer, stops, prompt.tolist()) for prompt in prompts] if tokenizer is not None else None
     if any(seed is not None for seed in seeds) and options.get("do_sample") is None and options.get("temperature") != 0:
         for request in requests:  # one seeded row makes the whole batch sample
             request["do_sample"] = True
@@ -367,7 +412,7 @@ def generate_batch(
         longest = sorted((len(r["prompt"]) + r["max_new_tokens"] for r in requests), reverse=True)[:max_batch]
         cache = KVCache(model, max_tokens=max(1, sum(-(-n // 64) * 64 for n in longest)))
     try:
-        output = _run_batch(model, cache, requests, max_batch, return_dict_in_generate, progress)
+        output = _run_batch(cache, requests, texts, max_batch, return_dict_in_generate, progress)
     finally:
         if own:
             cache.close()
@@ -376,8 +421,9 @@ def generate_batch(
     return output.sequences if return_full else output.new_ids
 
 
-def _run_batch(model, cache, requests, max_batch, keep_errors, progress) -> GenerationOutput:
+def _run_batch(cache, requests, texts, max_batch, keep_errors, progress) -> GenerationOutput:
     n = len(requests)
+    told: list[list[tuple]] = [[] for _ in range(n)]  # the events of each row
     output = GenerationOutput([], [[] for _ in range(n)], [[] for _ in range(n)], [""] * n, [None] * n)
     engine = _core.Engine(cache._core, max_batch=max(1, min(max_batch, n)))
     try:
@@ -386,13 +432,19 @@ def _run_batch(model, cache, requests, max_batch, keep_errors, progress) -> Gene
             while rows:
                 events = []
                 engine.step(events)
-                for request, token, logprob, finish, error in events:
+                for event in events:
+                    request, token, logprob, finish, error = event
                     i = rows[request]
                     if error is not None and not keep_errors:
                         raise error
                     if token >= 0:
                         output.new_ids[i].append(token)
                         output.logprobs[i].append(logprob)
+                    told[i].append(event)
+                    if texts is not None and texts[i].feed(told[i]).stopped:
+                        if finish is None:
+                            engine.cancel(request)
+                        finish = "stop"
                     if finish is not None:
                         output.finish_reasons[i], output.errors[i] = finish, error
                         del rows[request]
@@ -400,22 +452,7 @@ def _run_batch(model, cache, requests, max_batch, keep_errors, progress) -> Gene
         output.stats = {"cache": cache.stats(), "engine": engine.stats()}
     finally:
         engine.close()
+    if texts is not None:
+        output.texts = ["".join(text.feed(events, last=True).pieces) for text, events in zip(texts, told, strict=True)]
     output.sequences = [request["prompt"].tolist() + new for request, new in zip(requests, output.new_ids, strict=True)]
     return output
-
-
-def _prompts(input_ids, attention_mask, vocab_size) -> list[np.ndarray]:
-    if isinstance(input_ids, dict):
-        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
-        input_ids = input_ids.get("input_ids")
-    rows = list(input_ids) if input_ids is not None else []
-    if not rows:
-        raise ArgumentError("input_ids: no prompt")
-    if isinstance(rows[0], int | np.integer):
-        rows = [rows]
-    if attention_mask is not None:
-        masks = [np.asarray(mask).astype(bool) for mask in attention_mask]
-        if [len(mask) for mask in masks] != [len(row) for row in rows]:
-            raise ArgumentError("attention_mask: expected the shape of input_ids")
-        rows = [np.asarray(row)[mask] for row, mask in zip(rows, masks, strict=True)]
-    return [as_ids(row, vocab_size, f"input_ids[{i}]") for i, row in enumerate(rows)]

@@ -1,5 +1,6 @@
 """Model: weights and shape of a Llama-family model, and its forward pass."""
 
+import contextlib
 import weakref
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from . import _core, loaders
 from ._arrays import as_ids, bytes_text, html_table
 from .cache import KVCache, Sequence, of_model
-from .errors import ArgumentError, UnsupportedError
+from .errors import ArgumentError, ForkError, UnsupportedError
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
 CHUNK = 512  # prompt tokens computed at once; Ctrl-C is heard between chunks
@@ -115,10 +116,15 @@ class Model:
         return generate_batch(self, input_ids, **options)
 
     def close(self) -> None:
-        """Ends generations and caches of this model, stops its threads and releases the weights. The object can't be used afterwards."""
-        for item in [*self._generations, *self._caches]:
-            item.close()
-        self._core.close()
+        """Ends generations and caches of this model, stops its threads and releases the weights. The object can't be used afterwards.
+
+        Calls of other threads end with ArgumentError after the step or chunk that they are in, which this waits for.
+        """
+        self._core.close()  # first: from here on no other thread computes, or makes a cache or a generation
+        for items in (self._generations, self._caches):
+            for item in _drain(items):
+                with contextlib.suppress(ArgumentError, ForkError):  # its own thread is closing it, or it is the parent process's
+                    item.close()
 
     def __enter__(self):
         return self
@@ -165,3 +171,10 @@ class Model:
         facts = self.facts()
         facts["weight_bytes"] = bytes_text(facts["weight_bytes"])
         return html_table(f"Model {self.name}", facts)
+
+
+def _drain(items: weakref.WeakSet):
+    """Takes the items out one by one: another thread may still be adding one, which iteration would not stand."""
+    with contextlib.suppress(KeyError):
+        while True:
+            yield items.pop()

@@ -1,9 +1,11 @@
 """Text while it is generated: whole characters only, and stop strings held back until it is certain that they are none."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .errors import ArgumentError
+
+_TAIL = 64  # tokens at the end of a prompt that may be part of an unfinished character, or that a decoder looks back on
 
 
 class TextStream:
@@ -20,18 +22,32 @@ class TextStream:
     the same character, before the one that begins first). How the text is cut into tokens makes no difference. The stop string is no part of
     the text. A token costs the same however long the text has become.
 
+    after: ids that stand before, a prompt's. Their text is not returned, and stop strings are not looked for in it, but the new text goes on
+    from it: where the pieces of a text of their own would lose their first blank, they keep it. The prompt's text and the pieces join to
+    `decode(prompt + ids)`.
+
     stopped: a stop string was found; put and finish return "" from then on.  stop_string: which one, else None.
     text: everything returned so far."""
 
-    def __init__(self, tokenizer, stop: str | Sequence[str] | None = None, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer, stop: str | Sequence[str] | None = None, skip_special_tokens: bool = True, *, after: Iterable[int] = ()):
         self.tokenizer = tokenizer
         self.stop = check_stop(stop)
         self.stop_string: str | None = None
         self._skip = skip_special_tokens
         self._decoder = tokenizer.stream_decoder()
+        special = tokenizer.all_special_ids if skip_special_tokens else ()
+        self._open([token_id for token_id in after if token_id not in special])
         self._held = ""  # may be the beginning of a stop string
         self._parts: list[str] = []
         self._finished = False
+
+    def _open(self, ids):
+        """Brings the decoder to where it is after `ids`: what begins a text, then what the next character may need; nothing between matters."""
+        for at, token_id in enumerate(ids):
+            if self._decoder.put(token_id):
+                for last in ids[max(at + 1, len(ids) - _TAIL) :]:
+                    self._decoder.put(last)
+                return
 
     @property
     def stopped(self) -> bool:
@@ -79,16 +95,16 @@ class TextStream:
         return f"TextStream(stop={list(self.stop)!r}, {state})"
 
 
-def check_stop(stop) -> tuple[str, ...]:
+def check_stop(stop, name: str = "stop") -> tuple[str, ...]:
     """Stop strings as a tuple; None is none. Raises ArgumentError for other types and for empty strings."""
     if stop is None:
         return ()
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or isinstance(stops, bytes):
-        raise ArgumentError(f"stop is {type(stop).__name__}; expected text or a list of texts")
+        raise ArgumentError(f"{name} is {type(stop).__name__}; expected text or a list of texts")
     for i, text in enumerate(stops):
         if not isinstance(text, str) or not text:
-            raise ArgumentError(f"stop[{i}] is {text!r}; expected text that is not empty")
+            raise ArgumentError(f"{name}[{i}] is {text!r}; expected text that is not empty")
     return tuple(dict.fromkeys(stops))
 
 

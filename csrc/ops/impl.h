@@ -26,6 +26,7 @@ lco_status lco_avx512_attention(const lco_attention_args *);
 
 lco_status lco_avx512_linear_bf16(const lco_linear_args *); /* prompt rows of bfloat16 weights by vdpbf16ps */
 lco_status lco_amx_linear(const lco_linear_args *);         /* the same by bf16 tiles */
+lco_status lco_amx_attention(const lco_attention_args *);   /* prompt rows of bfloat16 caches by bf16 tiles */
 #endif
 
 #endif

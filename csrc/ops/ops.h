@@ -118,7 +118,8 @@ typedef struct {
  * over positions t with t <= position(i) and, when window > 0, t > position(i) - window.  Scores are masked with true -inf; slots of a page past
  * the sequence's length are never read (they may hold anything, NaN included). Row i's own key is in the cache already.
  * In a buffered cache a row reads the block of its own position from 16 bit and all earlier blocks from codes: what a row reads depends on
- * its position alone, not on how the prompt was cut, what else ran, or what came from a shared prefix. */
+ * its position alone, not on how the prompt was cut, what else ran, or what came from a shared prefix.
+ * Prompt rows over a bfloat16 cache: tables whose `detail` says AMX round q * scale and the weights of the positions to bfloat16. */
 typedef struct {
     float *out;     /* [m, n_heads, head_dim], row stride ld_out */
     const float *q; /* [m, n_heads, head_dim], row stride ld_q */

@@ -19,8 +19,7 @@ static const lco_ops REF = {
 
 #if defined(__x86_64__)
 #define AVX512_COMMON                                                                                                                      \
-    .embed = lco_ref_embed, .rmsnorm = lco_avx512_rmsnorm, .swiglu = lco_avx512_swiglu, .rope_append = lco_avx512_rope_append,             \
-    .attention = lco_avx512_attention
+    .embed = lco_ref_embed, .rmsnorm = lco_avx512_rmsnorm, .swiglu = lco_avx512_swiglu, .rope_append = lco_avx512_rope_append
 
 static const lco_ops AVX2 = {
     .name = "avx2",
@@ -32,9 +31,12 @@ static const lco_ops AVX2 = {
     .rope_append = lco_avx2_rope_append,
     .attention = lco_avx2_attention,
 };
-static const lco_ops AVX512 = {.name = "avx512", .detail = "AVX-512", .linear = lco_avx512_linear, AVX512_COMMON};
-static const lco_ops AVX512_BF16 = {.name = "avx512", .detail = "AVX-512 with BF16", .linear = lco_avx512_linear_bf16, AVX512_COMMON};
-static const lco_ops AMX = {.name = "amx", .detail = "AVX-512, AMX with BF16 tiles", .linear = lco_amx_linear, AVX512_COMMON};
+static const lco_ops AVX512 = {
+    .name = "avx512", .detail = "AVX-512", .linear = lco_avx512_linear, .attention = lco_avx512_attention, AVX512_COMMON};
+static const lco_ops AVX512_BF16 = {
+    .name = "avx512", .detail = "AVX-512 with BF16", .linear = lco_avx512_linear_bf16, .attention = lco_avx512_attention, AVX512_COMMON};
+static const lco_ops AMX = {
+    .name = "amx", .detail = "AVX-512, AMX with BF16 tiles", .linear = lco_amx_linear, .attention = lco_amx_attention, AVX512_COMMON};
 #endif
 
 #define MAX_TABLES 4

@@ -5,14 +5,19 @@
 
 typedef struct {
     PyObject_HEAD cache_object *cache;
-    lco_engine *engine; /* NULL after close() */
-    lco_event *events;
-    int64_t cap;
-    PyObject *sequences; /* dict: request id -> Sequence in use */
+    lco_engine *_Atomic engine; /* NULL after close() */
+    int64_t cap;                /* events that a step may have */
+    PyObject *sequences;        /* dict: request id -> Sequence in use; NULL when close() is done */
 } engine_object;
 
 static const char *const FINISH_NAMES[] = {
     [LCO_FINISH_EOS] = "eos", [LCO_FINISH_LENGTH] = "length", [LCO_FINISH_CANCELLED] = "cancelled", [LCO_FINISH_ERROR] = "error"};
+
+static void drop_user(cache_object *cache)
+{
+    if (--cache->users == 0 && cache->closing)
+        lco_py_cache_release(cache);
+}
 
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -23,8 +28,6 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|LL", names, state->cache_type, &cache, &max_batch, &chunk))
         return NULL;
     cache_object *owner = (cache_object *)cache;
-    if (lco_py_cache(owner) == NULL || lco_py_model(owner->model) == NULL)
-        return NULL;
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     engine_object *self = (engine_object *)alloc(type, 0);
     if (self == NULL)
@@ -35,27 +38,27 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->cache = owner;
     self->cap = max_batch > 0 ? max_batch : 64;
     self->sequences = PyDict_New();
-    if (self->sequences == NULL)
-        goto fail;
-    lco_status status;
-    LOCKED(owner->model, status = lco_engine_create(owner->model->model, owner->kv, &options, &self->engine, &err));
-    if (status != LCO_OK) {
+    if (self->sequences != NULL) {
+        lco_status status;
+        lco_model *model;
+        lco_kv *kv;
+        lco_engine *engine = NULL;
+        owner->users++;
+        LOCKED(owner->model, (model = lco_py_model_nogil(owner->model, &err)) && (kv = lco_py_cache_nogil(owner, &err)),
+               status = lco_engine_create(model, kv, &options, &engine, &err));
+        self->engine = engine;
+        if (status == LCO_OK)
+            return (PyObject *)self;
+        drop_user(owner);
         lco_py_raise((PyObject *)self, &err);
-        goto fail;
     }
-    owner->users++;
-    self->events = PyMem_Calloc((size_t)self->cap, sizeof *self->events);
-    if (self->events != NULL)
-        return (PyObject *)self;
-    PyErr_NoMemory();
-fail:
     Py_DECREF(self);
     return NULL;
 }
 
 static void mark_busy(engine_object *self, PyObject *id, int change)
 {
-    PyObject *sequence = PyDict_GetItem(self->sequences, id);
+    PyObject *sequence = self->sequences != NULL ? PyDict_GetItem(self->sequences, id) : NULL;
     if (sequence == NULL)
         return;
     ((sequence_object *)sequence)->busy += change;
@@ -67,28 +70,27 @@ static void release_sequences(engine_object *self)
 {
     PyObject *id, *sequence;
     Py_ssize_t at = 0;
-    while (PyDict_Next(self->sequences, &at, &id, &sequence))
+    while (self->sequences != NULL && PyDict_Next(self->sequences, &at, &id, &sequence))
         ((sequence_object *)sequence)->busy--;
-    PyDict_Clear(self->sequences);
+    Py_CLEAR(self->sequences);
 }
 
 static void engine_release(engine_object *self)
 {
-    if (self->engine == NULL)
+    lco_error err;
+    lco_status status;
+    lco_engine *engine = atomic_exchange(&self->engine, NULL);
+    if (engine == NULL)
         return;
-    lco_py_lock_nogil(self->cache->model);
-    lco_engine_destroy(self->engine);
-    lco_py_unlock_nogil(self->cache->model);
-    self->engine = NULL;
-    self->cache->users--;
+    LOCKED(self->cache->model, true, lco_engine_destroy(engine));
     release_sequences(self);
+    drop_user(self->cache);
 }
 
 static void engine_dealloc(engine_object *self)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     engine_release(self);
-    PyMem_Free(self->events);
     Py_XDECREF(self->sequences);
     Py_XDECREF((PyObject *)self->cache);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -96,13 +98,19 @@ static void engine_dealloc(engine_object *self)
     Py_DECREF(type);
 }
 
-static lco_engine *open_engine(engine_object *self)
+static lco_engine *engine_nogil(engine_object *self, lco_error *err)
 {
-    if (self->engine == NULL)
-        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this engine is closed");
-    else if (lco_py_model(self->cache->model) != NULL)
-        return self->engine;
-    return NULL;
+    lco_engine *engine = self->engine;
+    if (engine == NULL)
+        lco_fail(err, LCO_EINVAL, "this generation is closed: close() was called, by this thread or another");
+    return engine;
+}
+
+/* For calls that use the model. */
+static lco_engine *running_engine_nogil(engine_object *self, lco_error *err)
+{
+    lco_engine *engine = engine_nogil(self, err);
+    return engine != NULL && lco_py_model_nogil(self->cache->model, err) != NULL ? engine : NULL;
 }
 
 /* A sequence to go on with: NULL in *out for None; -1 with an exception when it can't be used. */
@@ -117,35 +125,49 @@ static int get_sequence(engine_object *self, PyObject *object, sequence_object *
         return -1;
     }
     sequence_object *sequence = (sequence_object *)object;
-    if (lco_py_sequence(sequence) == NULL)
-        return -1;
     if (sequence->cache != self->cache || sequence->busy) {
-        PyErr_SetString(state->errors[LCO_EINVAL],
-                        sequence->busy ? "sequence: another running generation uses it" : "sequence: it belongs to another cache");
+        PyErr_SetString(state->errors[LCO_EINVAL], sequence->busy ? "sequence: another running generation or another thread uses it"
+                                                                  : "sequence: it belongs to another cache");
         return -1;
     }
     *out = sequence;
     return 0;
 }
 
-static PyObject *add_request(engine_object *self, const lco_request *request, sequence_object *sequence)
+/* Keeps the claim on the sequence until the request ends. */
+static PyObject *note_request(engine_object *self, int64_t id, sequence_object *sequence)
 {
     lco_error err;
     lco_status status;
-    int64_t id = 0;
-    LOCKED(self->cache->model, status = lco_engine_add(self->engine, request, &id, &err));
-    if (status != LCO_OK)
-        return lco_py_raise((PyObject *)self, &err);
+    lco_engine *engine;
     PyObject *number = PyLong_FromLongLong(id);
-    if (number == NULL || sequence == NULL)
+    if (sequence == NULL)
         return number;
-    if (PyDict_SetItem(self->sequences, number, (PyObject *)sequence) == 0) {
+    if (number != NULL && self->sequences != NULL && PyDict_SetItem(self->sequences, number, (PyObject *)sequence) == 0)
+        return number;
+    LOCKED(self->cache->model, (engine = engine_nogil(self, &err)), lco_engine_cancel(engine, id));
+    sequence->busy--;
+    Py_XDECREF(number);
+    return PyErr_Occurred() != NULL ? NULL : lco_py_raise((PyObject *)self, &err);
+}
+
+static PyObject *add_request(engine_object *self, lco_request *request, sequence_object *sequence)
+{
+    lco_error err;
+    lco_status status;
+    lco_engine *engine;
+    int64_t id = 0;
+    if (sequence != NULL)
         sequence->busy++;
-        return number;
-    }
-    LOCKED(self->cache->model, lco_engine_cancel(self->engine, id));
-    Py_DECREF(number);
-    return NULL;
+    LOCKED(self->cache->model,
+           (engine = running_engine_nogil(self, &err)) &&
+               (sequence == NULL || (request->sequence = lco_py_sequence_nogil(sequence, &err)) != NULL),
+           status = lco_engine_add(engine, request, &id, &err));
+    if (status == LCO_OK)
+        return note_request(self, id, sequence);
+    if (sequence != NULL)
+        sequence->busy--;
+    return lco_py_raise((PyObject *)self, &err);
 }
 
 static PyObject *engine_add(engine_object *self, PyObject *args, PyObject *kwargs)
@@ -165,7 +187,7 @@ static PyObject *engine_add(engine_object *self, PyObject *args, PyObject *kwarg
         return NULL;
     sequence_object *sequence;
     Py_buffer prompt, eos, history;
-    if (open_engine(self) == NULL || get_sequence(self, sequence_object_, &sequence) != 0)
+    if (get_sequence(self, sequence_object_, &sequence) != 0)
         return NULL;
     if (lco_py_get_ids((PyObject *)self, prompt_object, "prompt", &prompt) != 0)
         return NULL;
@@ -181,7 +203,6 @@ static PyObject *engine_add(engine_object *self, PyObject *args, PyObject *kwarg
             request.ignore_eos = ignore_eos;
             request.history = history.buf;
             request.n_history = history.len / 4;
-            request.sequence = sequence != NULL ? sequence->seq : NULL;
             s->do_sample = do_sample;
             s->top_k = top_k;
             s->seed = seed;
@@ -219,43 +240,55 @@ static PyObject *engine_step(engine_object *self, PyObject *list)
 {
     lco_error err;
     lco_status status;
+    lco_engine *engine;
     int64_t n = 0;
-    if (open_engine(self) == NULL)
-        return NULL;
     if (!PyList_Check(list)) {
         PyErr_SetString(PyExc_TypeError, "events: expected a list");
         return NULL;
     }
-    LOCKED(self->cache->model, status = self->cache->model->model == NULL
-                                            ? lco_fail(&err, LCO_EINVAL, "this model was closed by another thread")
-                                            : lco_engine_step(self->engine, self->events, self->cap, &n, &err));
+    lco_event *events = PyMem_Malloc((size_t)self->cap * sizeof *events);
+    if (events == NULL)
+        return PyErr_NoMemory();
+    LOCKED(self->cache->model, (engine = running_engine_nogil(self, &err)), status = lco_engine_step(engine, events, self->cap, &n, &err));
+    int result = 0;
     if (status != LCO_OK)
-        return lco_py_raise((PyObject *)self, &err);
-    for (int64_t i = 0; i < n; i++) {
-        PyObject *event = event_tuple(self, &self->events[i]);
-        int result = event != NULL ? PyList_Append(list, event) : -1;
+        lco_py_raise((PyObject *)self, &err);
+    for (int64_t i = 0; i < n && result == 0; i++) {
+        PyObject *event = event_tuple(self, &events[i]);
+        result = event != NULL ? PyList_Append(list, event) : -1;
         Py_XDECREF(event);
-        if (result != 0)
-            return NULL;
     }
-    Py_RETURN_NONE;
+    PyMem_Free(events);
+    return status == LCO_OK && result == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *engine_cancel(engine_object *self, PyObject *arg)
 {
+    lco_error err;
+    lco_status status;
+    lco_engine *engine;
     long long id = PyLong_AsLongLong(arg);
-    if ((id == -1 && PyErr_Occurred()) || open_engine(self) == NULL)
+    if (id == -1 && PyErr_Occurred())
         return NULL;
-    LOCKED(self->cache->model, lco_engine_cancel(self->engine, id));
-    mark_busy(self, arg, -1);
+    /* Looked up before: a request that another thread adds meanwhile keeps its sequence. */
+    const bool noted = self->sequences != NULL && PyDict_GetItem(self->sequences, arg) != NULL;
+    LOCKED(self->cache->model, (engine = engine_nogil(self, &err)), lco_engine_cancel(engine, id));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    if (noted)
+        mark_busy(self, arg, -1);
     Py_RETURN_NONE;
 }
 
 static PyObject *engine_stats(engine_object *self, PyObject *Py_UNUSED(arg))
 {
-    if (open_engine(self) == NULL)
-        return NULL;
-    lco_engine_stats s = lco_engine_get_stats(self->engine);
+    lco_error err;
+    lco_status status;
+    lco_engine *engine;
+    lco_engine_stats s = {0};
+    LOCKED(self->cache->model, (engine = engine_nogil(self, &err)), s = lco_engine_get_stats(engine));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
     return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:d,s:d,s:d}", "steps", s.steps, "prompt_tokens", s.prompt_tokens, "decode_tokens",
                          s.decode_tokens, "waiting", s.waiting, "running", s.running, "preemptions", s.preemptions, "forward_seconds",
                          s.forward_seconds, "sample_seconds", s.sample_seconds, "other_seconds", s.other_seconds);
@@ -265,9 +298,8 @@ static PyObject *engine_check(engine_object *self, PyObject *Py_UNUSED(arg))
 {
     lco_error err;
     lco_status status;
-    if (open_engine(self) == NULL)
-        return NULL;
-    LOCKED(self->cache->model, status = lco_engine_check(self->engine, &err));
+    lco_engine *engine;
+    LOCKED(self->cache->model, (engine = engine_nogil(self, &err)), status = lco_engine_check(engine, &err));
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
     Py_RETURN_NONE;

@@ -2,22 +2,22 @@
 #include "dtypes.h"
 #include "module.h"
 
-lco_kv *lco_py_cache(cache_object *self)
+lco_kv *lco_py_cache_nogil(cache_object *self, lco_error *err)
 {
-    if (self->kv == NULL)
-        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this cache is closed");
-    return self->kv;
+    lco_kv *kv = self->kv;
+    if (kv == NULL)
+        lco_fail(err, LCO_EINVAL, "this cache is closed: close() was called, by this thread or another");
+    return kv;
 }
 
-lco_seq *lco_py_sequence(sequence_object *self)
+lco_seq *lco_py_sequence_nogil(sequence_object *self, lco_error *err)
 {
-    if (self->cache->kv == NULL) {
-        lco_py_cache(self->cache);
+    if (lco_py_cache_nogil(self->cache, err) == NULL)
         return NULL;
-    }
-    if (self->seq == NULL)
-        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this sequence was freed");
-    return self->seq;
+    lco_seq *seq = self->seq;
+    if (seq == NULL)
+        lco_fail(err, LCO_EINVAL, "this sequence was freed: free() was called, by this thread or another");
+    return seq;
 }
 
 static void free_object(PyObject *self)
@@ -41,13 +41,10 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
                                      &write_buffer))
         return NULL;
-    lco_model *native = lco_py_model((model_object *)model);
-    if (native == NULL)
-        return NULL;
-    const lco_model_config *config = lco_model_get_config(native);
-    lco_kv_options options = {.n_layers = config->n_layers,
-                              .n_kv_heads = config->n_kv_heads,
-                              .head_dim = config->head_dim,
+    const model_object *owner = (model_object *)model;
+    lco_kv_options options = {.n_layers = owner->n_layers,
+                              .n_kv_heads = owner->n_kv_heads,
+                              .head_dim = owner->head_dim,
                               .page_size = page_size,
                               .write_buffer = write_buffer,
                               .max_tokens = max_tokens};
@@ -58,40 +55,51 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     lco_error err;
+    lco_kv *kv;
     Py_INCREF(model);
     self->model = (model_object *)model;
-    if (lco_kv_create(&options, &self->kv, &err) == LCO_OK)
+    if (lco_py_owner_check(owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
+        lco_kv_create(&options, &kv, &err) == LCO_OK) {
+        self->kv = kv;
         return (PyObject *)self;
+    }
     lco_py_raise((PyObject *)self, &err);
     Py_DECREF(self);
     return NULL;
 }
 
+void lco_py_cache_release(cache_object *self)
+{
+    lco_error err;
+    lco_status status;
+    lco_kv *kv = atomic_exchange(&self->kv, NULL);
+    if (kv != NULL)
+        LOCKED(self->model, true, lco_kv_destroy(kv));
+}
+
 static void cache_dealloc(cache_object *self)
 {
-    if (self->kv != NULL)
-        lco_kv_destroy(self->kv); /* no sequence or engine is left: each holds a reference to this object */
+    lco_py_cache_release(self); /* no sequence or engine is left: each holds a reference to this object */
     Py_XDECREF((PyObject *)self->model);
     free_object((PyObject *)self);
 }
 
 static PyObject *cache_close(cache_object *self, PyObject *Py_UNUSED(arg))
 {
-    if (self->users > 0) {
+    if (self->users == 0) {
+        lco_py_cache_release(self);
+    } else if (self->model->model == NULL || lco_py_owner_check(self->model, NULL) != LCO_OK) {
+        self->closing = true; /* its engines can't run any more */
+    } else {
         PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL],
                         "this cache is in use by a running generation: close that first");
         return NULL;
     }
-    lco_kv *kv = self->kv;
-    self->kv = NULL;
-    LOCKED(self->model, lco_kv_destroy(kv));
     Py_RETURN_NONE;
 }
 
 static PyObject *cache_sequence(cache_object *self, PyObject *Py_UNUSED(arg))
 {
-    if (lco_py_cache(self) == NULL)
-        return NULL;
     core_state *state = lco_py_state((PyObject *)self);
     allocfunc alloc = (allocfunc)PyType_GetSlot(state->sequence_type, Py_tp_alloc);
     sequence_object *seq = (sequence_object *)alloc(state->sequence_type, 0);
@@ -101,7 +109,10 @@ static PyObject *cache_sequence(cache_object *self, PyObject *Py_UNUSED(arg))
     seq->cache = self;
     lco_error err;
     lco_status status;
-    LOCKED(self->model, status = lco_seq_create(self->kv, &seq->seq, &err));
+    lco_kv *kv;
+    lco_seq *native = NULL;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), status = lco_seq_create(kv, &native, &err));
+    seq->seq = native;
     if (status == LCO_OK)
         return (PyObject *)seq;
     lco_py_raise((PyObject *)self, &err);
@@ -111,11 +122,13 @@ static PyObject *cache_sequence(cache_object *self, PyObject *Py_UNUSED(arg))
 
 static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
 {
-    lco_kv *kv = lco_py_cache(self);
-    if (kv == NULL)
-        return NULL;
-    lco_kv_stats s;
-    LOCKED(self->model, s = lco_kv_get_stats(kv));
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    lco_kv_stats s = {0};
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), s = lco_kv_get_stats(kv));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
     return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L}", "pages_total", s.pages_total, "pages_free", s.pages_free,
                          "pages_shared", s.pages_shared, "sequences", s.sequences, "tokens_held", s.tokens_held, "page_bytes", s.page_bytes,
                          "reserved_bytes", s.reserved_bytes, "resident_bytes", s.resident_bytes, "bytes_per_token", s.bytes_per_token,
@@ -125,12 +138,10 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
 
 static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
 {
-    lco_kv *kv = lco_py_cache(self);
-    if (kv == NULL)
-        return NULL;
     lco_error err;
     lco_status status;
-    LOCKED(self->model, status = lco_kv_check(kv, &err));
+    lco_kv *kv;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), status = lco_kv_check(kv, &err));
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
     Py_RETURN_NONE;
@@ -164,12 +175,11 @@ PyType_Spec lco_py_cache_spec = {
 
 static void sequence_release(sequence_object *self)
 {
-    if (self->seq != NULL && self->cache->kv != NULL) {
-        lco_py_lock_nogil(self->cache->model);
-        lco_seq_destroy(self->seq);
-        lco_py_unlock_nogil(self->cache->model);
-    }
-    self->seq = NULL;
+    lco_error err;
+    lco_status status;
+    lco_seq *seq = atomic_exchange(&self->seq, NULL);
+    if (seq != NULL) /* a cache that is closed frees its sequences */
+        LOCKED(self->cache->model, true, self->cache->kv != NULL ? lco_seq_destroy(seq) : (void)0);
 }
 
 static void sequence_dealloc(sequence_object *self)
@@ -179,38 +189,47 @@ static void sequence_dealloc(sequence_object *self)
     free_object((PyObject *)self);
 }
 
-static int refuse_busy(sequence_object *self)
+/* The caller gives it back with busy--. */
+static int claim(sequence_object *self)
 {
-    if (self->busy == 0)
+    if (self->busy == 0) {
+        self->busy++;
         return 0;
+    }
     PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL],
-                    "this sequence is in use by a running generation: close that first");
+                    "this sequence is in use by a running generation (close that first) or by a call of another thread");
     return -1;
 }
 
 static PyObject *sequence_length(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
-    lco_seq *seq = lco_py_sequence(self);
-    return seq != NULL ? PyLong_FromLongLong(lco_seq_length(seq)) : NULL;
+    lco_error err;
+    lco_status status;
+    lco_seq *seq;
+    int64_t length = 0;
+    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), length = lco_seq_length(seq));
+    return status == LCO_OK ? PyLong_FromLongLong(length) : lco_py_raise((PyObject *)self, &err);
 }
 
 static PyObject *sequence_fork(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
-    lco_seq *seq = lco_py_sequence(self);
-    if (seq == NULL || refuse_busy(self) != 0)
-        return NULL;
     allocfunc alloc = (allocfunc)PyType_GetSlot(Py_TYPE((PyObject *)self), Py_tp_alloc);
     sequence_object *copy = (sequence_object *)alloc(Py_TYPE((PyObject *)self), 0);
     if (copy == NULL)
         return NULL;
     Py_INCREF((PyObject *)self->cache);
     copy->cache = self->cache;
-    lco_error err;
-    lco_status status;
-    LOCKED(self->cache->model, status = lco_seq_fork(seq, &copy->seq, &err));
-    if (status == LCO_OK)
-        return (PyObject *)copy;
-    lco_py_raise((PyObject *)self, &err);
+    if (claim(self) == 0) {
+        lco_error err;
+        lco_status status;
+        lco_seq *seq, *native = NULL;
+        LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = lco_seq_fork(seq, &native, &err));
+        self->busy--;
+        copy->seq = native;
+        if (status == LCO_OK)
+            return (PyObject *)copy;
+        lco_py_raise((PyObject *)self, &err);
+    }
     Py_DECREF(copy);
     return NULL;
 }
@@ -220,12 +239,13 @@ static PyObject *sequence_truncate(sequence_object *self, PyObject *arg)
     long long length = PyLong_AsLongLong(arg);
     if (length == -1 && PyErr_Occurred())
         return NULL;
-    lco_seq *seq = lco_py_sequence(self);
-    if (seq == NULL || refuse_busy(self) != 0)
+    if (claim(self) != 0)
         return NULL;
     lco_error err;
     lco_status status;
-    LOCKED(self->cache->model, status = lco_seq_truncate(seq, length, &err));
+    lco_seq *seq;
+    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = lco_seq_truncate(seq, length, &err));
+    self->busy--;
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
     Py_RETURN_NONE;
@@ -233,12 +253,13 @@ static PyObject *sequence_truncate(sequence_object *self, PyObject *arg)
 
 static PyObject *sequence_hold(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
-    lco_seq *seq = lco_py_sequence(self);
-    if (seq == NULL || refuse_busy(self) != 0)
+    if (claim(self) != 0)
         return NULL;
     lco_error err;
     lco_status status;
-    LOCKED(self->cache->model, status = lco_seq_hold(seq, &err));
+    lco_seq *seq;
+    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = lco_seq_hold(seq, &err));
+    self->busy--;
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
     Py_RETURN_NONE;
@@ -246,9 +267,10 @@ static PyObject *sequence_hold(sequence_object *self, PyObject *Py_UNUSED(arg))
 
 static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
-    if (refuse_busy(self) != 0)
+    if (claim(self) != 0)
         return NULL;
     sequence_release(self);
+    self->busy--;
     Py_RETURN_NONE;
 }
 

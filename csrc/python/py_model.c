@@ -1,6 +1,7 @@
 /* _core.Model: a model handle over borrowed weight buffers. */
 #include <math.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "dtypes.h"
 #include "module.h"
@@ -202,9 +203,15 @@ static int model_create(model_object *self, PyObject *dict, PyObject *list, cons
     }
     if (read_config(dict, &config, arena) == 0 && read_tensors(self, list, &tensors) == 0) {
         lco_status status;
+        lco_model *model;
         Py_BEGIN_ALLOW_THREADS;
-        status = lco_model_create(&config, tensors, self->n_buffers, options, &self->model, &err);
+        status = lco_model_create(&config, tensors, self->n_buffers, options, &model, &err);
         Py_END_ALLOW_THREADS;
+        self->model = model;
+        self->vocab_size = config.vocab_size;
+        self->n_layers = config.n_layers;
+        self->n_kv_heads = config.n_kv_heads;
+        self->head_dim = config.head_dim;
         result = status == LCO_OK ? 0 : -1;
         if (status != LCO_OK)
             lco_py_raise((PyObject *)self, &err);
@@ -226,6 +233,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     model_object *self = (model_object *)alloc(type, 0);
     if (self == NULL)
         return NULL;
+    self->owner = getpid();
     self->lock = PyThread_allocate_lock();
     if (self->lock == NULL)
         PyErr_NoMemory();
@@ -235,32 +243,36 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return NULL;
 }
 
-lco_model *lco_py_model(model_object *self)
+lco_model *lco_py_model_nogil(model_object *self, lco_error *err)
 {
-    if (self->model == NULL)
-        PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "this model is closed");
-    return self->model;
+    lco_model *model = self->model;
+    if (model == NULL)
+        lco_fail(err, LCO_EINVAL, "this model is closed: close() was called, by this thread or another");
+    return model;
 }
 
-static void release_weights(model_object *self)
+static void model_release(model_object *self)
 {
-    lco_model_destroy(self->model);
-    self->model = NULL;
+    lco_error err;
+    lco_status status;
+    lco_model *model = atomic_exchange(&self->model, NULL);
+    if (model != NULL)
+        LOCKED(self, true, lco_model_destroy(model));
     while (self->n_buffers > 0)
         PyBuffer_Release(&self->buffers[--self->n_buffers]);
 }
 
 static PyObject *model_close(model_object *self, PyObject *Py_UNUSED(arg))
 {
-    LOCKED(self, lco_model_destroy(self->model); self->model = NULL);
-    release_weights(self);
+    if (self->model != NULL) /* else another thread may be closing it and still wait for a call that reads the weights */
+        model_release(self);
     Py_RETURN_NONE;
 }
 
 static void model_dealloc(model_object *self)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
-    release_weights(self);
+    model_release(self);
     PyMem_Free(self->buffers);
     if (self->lock != NULL)
         PyThread_free_lock(self->lock);
@@ -291,8 +303,6 @@ static lco_status nan_check(const float *logits, int64_t rows, int64_t vocab, in
 
 static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, const forward_call *call, lco_error *err)
 {
-    if (model == NULL)
-        return lco_fail(err, LCO_EINVAL, "this model was closed by another thread");
     const int64_t pos = lco_seq_length(seq), last = call->n - 1, vocab = lco_model_get_config(model)->vocab_size;
     lco_status status = lco_seq_reserve(seq, call->n, err);
     if (status != LCO_OK)
@@ -319,11 +329,11 @@ static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, cons
     return status;
 }
 
-static int get_logits(model_object *self, PyObject *out, const lco_model *model, const forward_call *call, Py_buffer *view)
+static int get_logits(model_object *self, PyObject *out, const forward_call *call, Py_buffer *view)
 {
     if (PyObject_GetBuffer(out, view, PyBUF_WRITABLE) != 0)
         return -1;
-    Py_ssize_t expected = (Py_ssize_t)(call->last_only ? 1 : call->n) * lco_model_get_config(model)->vocab_size * 4;
+    Py_ssize_t expected = (Py_ssize_t)(call->last_only ? 1 : call->n) * self->vocab_size * 4;
     if (view->len == expected)
         return 0;
     PyErr_Format(lco_py_state((PyObject *)self)->errors[LCO_EINVAL], "logits: a buffer of %zd bytes, expected %zd", view->len, expected);
@@ -342,29 +352,27 @@ static PyObject *model_forward(model_object *self, PyObject *args, PyObject *kwa
                                      &rope_length, &prompt))
         return NULL;
     sequence_object *seq = (sequence_object *)sequence;
-    lco_model *model = lco_py_model(self);
-    if (model == NULL || lco_py_sequence(seq) == NULL)
-        return NULL;
     if (seq->cache->model != self || seq->busy) {
-        PyErr_SetString(state->errors[LCO_EINVAL],
-                        seq->busy ? "sequence: a running generation uses it" : "sequence: its cache belongs to another model");
+        PyErr_SetString(state->errors[LCO_EINVAL], seq->busy ? "sequence: a running generation or another thread uses it"
+                                                             : "sequence: its cache belongs to another model");
         return NULL;
     }
     Py_buffer ids, logits = {0};
     if (lco_py_get_ids((PyObject *)self, ids_object, "ids", &ids) != 0)
         return NULL;
     forward_call call = {.ids = ids.buf, .n = ids.len / 4, .rope_length = rope_length, .prompt = prompt, .last_only = last_only};
-    if (out != Py_None && get_logits(self, out, model, &call, &logits) != 0) {
+    if (out != Py_None && get_logits(self, out, &call, &logits) != 0) {
         PyBuffer_Release(&ids);
         return NULL;
     }
     call.logits = logits.buf;
     lco_error err;
     lco_status status;
+    lco_model *model;
+    lco_seq *native;
     seq->busy++;
-    seq->cache->users++;
-    LOCKED(self, status = forward_nogil(self->model, seq->cache->kv, seq->seq, &call, &err));
-    seq->cache->users--;
+    LOCKED(self, (model = lco_py_model_nogil(self, &err)) && (native = lco_py_sequence_nogil(seq, &err)),
+           status = forward_nogil(model, lco_seq_cache(native), native, &call, &err));
     seq->busy--;
     if (out != Py_None)
         PyBuffer_Release(&logits);
@@ -376,12 +384,18 @@ static PyObject *model_forward(model_object *self, PyObject *args, PyObject *kwa
 
 static PyObject *model_info(model_object *self, PyObject *Py_UNUSED(arg))
 {
-    lco_model *model = lco_py_model(self);
-    if (model == NULL)
-        return NULL;
-    const lco_ops *ops = lco_model_ops(model);
-    return Py_BuildValue("{s:s,s:s,s:i,s:n}", "isa", ops->name, "isa_detail", ops->detail, "threads", lco_model_threads(model),
-                         "scratch_bytes", (Py_ssize_t)lco_model_scratch_bytes(model));
+    lco_error err;
+    lco_status status;
+    lco_model *model;
+    const lco_ops *ops = NULL;
+    int threads = 0;
+    size_t scratch = 0;
+    LOCKED(self, (model = lco_py_model_nogil(self, &err)),
+           (ops = lco_model_ops(model), threads = lco_model_threads(model), scratch = lco_model_scratch_bytes(model)));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    return Py_BuildValue("{s:s,s:s,s:i,s:n}", "isa", ops->name, "isa_detail", ops->detail, "threads", threads, "scratch_bytes",
+                         (Py_ssize_t)scratch);
 }
 
 static PyMethodDef methods[] = {

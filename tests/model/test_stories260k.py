@@ -9,6 +9,7 @@ from llama2c import convert
 
 import llmcoopt
 from llmcoopt import reference
+from llmcoopt.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,47 @@ def test_reference_ids(folder, expected):
     assert reference.forward(config, weights, ids)[:-1].argmax(axis=1).tolist() == ids[1:]
 
 
-def test_published_story(folder, source):
-    model, tokenizer = llmcoopt.Model.from_pretrained(folder), llmcoopt.Tokenizer.from_pretrained(folder)
-    story = (source / "published_greedy.txt").read_text().strip()
-    new = list(llmcoopt.generate(model, [tokenizer.bos_token_id], max_new_tokens=256))
-    assert tokenizer.decode(new, skip_special_tokens=True).strip() == story
+@pytest.fixture(scope="module")
+def pair(folder):
+    return llmcoopt.Model.from_pretrained(folder), llmcoopt.Tokenizer.from_pretrained(folder)
+
+
+def test_published_story(pair, source):
+    model, tokenizer = pair
+    story = (source / "published_greedy.txt").read_text().removesuffix("\n")
+    generation = llmcoopt.generate(model, [tokenizer.bos_token_id], tokenizer=tokenizer, max_new_tokens=256).run()
+    assert tokenizer.decode(generation.ids, skip_special_tokens=True) == generation.text == story
+
+
+PROMPT = "Once upon a time, there was a little"
+
+
+def test_the_story_goes_on_with_its_blank(pair, source):
+    """Cut after any word, the prompt and the new text are the published story."""
+    model, tokenizer = pair
+    story = (source / "published_greedy.txt").read_text()
+    assert story.startswith(PROMPT + " girl named")
+    for n_words in range(1, 12):
+        prompt = " ".join(story.split(" ")[:n_words])
+        generation = llmcoopt.generate(model, prompt, tokenizer=tokenizer, max_new_tokens=40)
+        text = "".join(generation.pieces())
+        assert text == generation.text and text.startswith(" ")
+        assert tokenizer.decode(generation.prompt + generation.ids, skip_special_tokens=True) == prompt + text
+        if n_words >= 4:  # after fewer words the likeliest story is another one
+            assert story.startswith(prompt + text)
+
+
+@pytest.mark.parametrize("stop", [" girl", " g", " girl named", "l named"])
+def test_stop_strings_with_blanks(pair, stop):
+    model, tokenizer = pair
+    options = {"tokenizer": tokenizer, "max_new_tokens": 12, "stop_strings": [stop]}
+    expected = " girl named"[: " girl named".index(stop)]
+    generation = llmcoopt.generate(model, PROMPT, **options).run()
+    assert (generation.text, generation.finish_reason) == (expected, "stop")
+    result = model.generate(tokenizer([PROMPT, "Once upon"]), return_dict_in_generate=True, **options)
+    assert (result.texts[0], result.finish_reasons[0], result.new_ids[0]) == (expected, "stop", generation.ids)
+
+
+def test_the_command_line_prints_the_story(folder, capsys):
+    assert main(["generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith(PROMPT + " girl named Lily. She")

@@ -73,6 +73,14 @@ def test_wrong_usage_is_code_2(capsys):
     capsys.readouterr()
 
 
+def test_chat_as_json_needs_a_question(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["chat", "no/such/model", "--json"])
+    assert exit.value.code == 2
+    out = capsys.readouterr()
+    assert out.out == "" and "--json needs --prompt" in out.err
+
+
 def test_interrupt_is_code_130():
     """On the portable code, which is slow enough to be interrupted in the middle; temperature and seed keep the text from ending early."""
     code = "import sys; from llmcoopt.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -121,6 +121,95 @@ assert len(list(running)) == 7
     )
 
 
+BUSY = """
+import threading, time
+model = llmcoopt.Model.from_pretrained(sys.argv[1], threads=1)
+cache = llmcoopt.KVCache(model)
+seq = cache.sequence()
+running = llmcoopt.generate(model, [1, 2, 3], max_new_tokens=8)
+next(running)
+stop = False
+
+def busy():
+    while not stop:
+        model.forward([i % 53 for i in range(250)], last_only=True)
+
+thread = threading.Thread(target=busy)
+thread.start()
+time.sleep(0.05)
+"""
+
+
+def test_use_after_fork_with_a_busy_parent_says_so(tmp_path, run_script):
+    """A thread of the parent holds the model's lock when it forks; in the child nobody will ever give it back."""
+    make(tmp_path, hidden_size=192, intermediate_size=768)
+    run_script(
+        FORK
+        + BUSY
+        + """
+import gc
+import numpy as np
+none = np.zeros(0, np.int32)
+
+def child():
+    global model, cache, seq, running
+    calls = [
+        lambda: model.forward([4], seq), lambda: model.forward([4]), model._core.info, lambda: llmcoopt.KVCache(model), cache.sequence,
+        cache.stats, cache.check, lambda: len(seq), seq.fork, lambda: seq.truncate(0), lambda: next(running), running._engine.stats,
+        running._engine.check, lambda: running._engine.cancel(0), lambda: llmcoopt._core.Engine(cache._core),
+        lambda: running._engine.add(none, 8, none, True, 0, False, 1.0, 0, 1.0, 0.0, 1.0, 0, None, none),
+        lambda: model.generate([[1, 2]], max_new_tokens=2), lambda: llmcoopt.generate(model, [1], cache=cache),
+    ]
+    for i, call in enumerate(calls):
+        try:
+            call()
+        except llmcoopt.errors.ForkError as error:
+            assert "fork" in str(error), error
+        else:
+            raise AssertionError(f"call {i}: no ForkError")
+    how = i_round % 3
+    if how == 0:
+        model.close()
+    if how == 1:
+        seq.free(), running._engine.close(), cache.close(), running.cache.close()
+    calls.clear()
+    del model, cache, seq, running, call
+    gc.collect()
+    fresh = llmcoopt.Model.from_pretrained(sys.argv[1], threads=2)
+    assert len(fresh.generate([[1, 2, 3]], max_new_tokens=2)[0]) == 5
+
+for i_round in range(6):
+    in_child(child)
+stop = True
+thread.join()
+assert len(list(running)) == 7
+model.forward([4], seq)
+cache.check()
+""",
+        tmp_path,
+        timeout=60,
+    )
+
+
+def test_child_of_a_busy_parent_exits_cleanly(tmp_path, run_script):
+    make(tmp_path, hidden_size=192, intermediate_size=768)
+    run_script(
+        FORK
+        + BUSY
+        + """
+for _ in range(6):
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+stop = True
+thread.join()
+""",
+        tmp_path,
+        timeout=60,
+    )
+
+
 def test_two_threads_one_model(tmp_path):
     """Each with its own sequence: calls take turns, results are those of one thread."""
     make(tmp_path)

@@ -2,31 +2,9 @@
  *
  * A tile product adds A [16 weight rows][32 of k] . B [16 pairs of k][16 rows of x] to C [16 weight rows][16 rows of x]: weight rows are
  * an A operand as they lie, packed x is a B operand as it lies. Two A and two B tiles give four products for four loads:
- *   tiles 0..3: C (2 x 2), 4..5: A, 6..7: B
- * gcc 12 does not know that tile loads read memory and that ldtilecfg reads 64 bytes: fences keep the stores before them in place. */
+ *   tiles 0..3: C (2 x 2), 4..5: A, 6..7: B */
 #include "../simd/linear_bf16.h"
-
-#define TILE 16 /* rows of a tile, and units in one of its rows */
-#define FENCE() __asm__ volatile("" ::: "memory")
-
-static void tiles_begin(void)
-{
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    _Static_assert(sizeof config == 64, "ldtilecfg reads 64 bytes");
-    for (int i = 0; i < 8; i++) {
-        config.row_bytes[i] = TILE * 4;
-        config.rows[i] = TILE;
-    }
-    FENCE();
-    _tile_loadconfig(&config);
-    FENCE();
-}
-
-static void tiles_end(void) { _tile_release(); }
+#include "tiles.h"
 
 /* Where the tile of a panel and of the `half`-th 16 weight rows lies. */
 #define SUMS_AT(sums, panel, half) ((sums) + ((panel) * ITEM_ROWS + (half) * TILE) * VL)

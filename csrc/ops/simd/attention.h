@@ -40,7 +40,6 @@ typedef struct {
     unit *units;
     merge_item *merges;
     int64_t n_units, n_merges, group, d_pad, part_stride;
-    float lift;                    /* attention_decode.h */
     float *scratch;                /* [threads, scratch_stride] */
     int64_t scratch_stride, pairs; /* of a query row and a position, at most */
 } attention_job;
@@ -68,7 +67,16 @@ static int64_t coded_end(const lco_attention_args *a, int64_t position)
 }
 
 #include "attention_decode.h"
+
+/* Tokens of a prompt unit. */
+static int64_t prompt_tokens(const attention_job *job) { return job->group >= PROMPT_ROWS ? 1 : PROMPT_ROWS / job->group; }
+
+/* The work of a prompt unit, and how many floats of scratch a thread needs for it. A file that defines OWN_PROMPT_UNIT has its own. */
+static int64_t prompt_scratch(const attention_job *job);
+static void prompt_unit(const attention_job *job, const unit *u, float *scratch);
+#ifndef OWN_PROMPT_UNIT
 #include "attention_prompt.h"
+#endif
 
 static void run_units(void *ctx, int64_t begin, int64_t end, int thread)
 {
@@ -107,7 +115,7 @@ static void merge_heads(void *ctx, int64_t begin, int64_t end, int thread)
             vf sum = v_zero();
             for (int64_t s = 0; s < merge->n_splits; s++)
                 sum = v_fma(v_set(weight[s]), v_load(merge->parts + s * job->part_stride + head * job->d_pad + j), sum);
-            v_store_part(out + j, v_mul(v_div(sum, v_set(total)), v_set(job->lift)), d - j);
+            v_store_part(out + j, v_div(sum, v_set(total)), d - j);
         }
     }
 }
@@ -206,7 +214,6 @@ static lco_status attention(const lco_attention_args *args)
 {
     lco_mark mark = lco_arena_mark(args->exec->scratch);
     attention_job job = {.args = args, .group = args->n_heads / args->kv->n_kv_heads, .d_pad = round_up(args->kv->head_dim, VL)};
-    job.lift = args->kv->dtype == LCO_F8_E4M3 || args->kv->dtype == LCO_F8_E5M2 ? 0x1p60f : 1.0f;
     lco_status status = plan_units(&job);
     if (status == LCO_OK) {
         const bool serial = job.pairs * args->n_heads * args->kv->head_dim < SERIAL_PRODUCTS;

@@ -1,16 +1,12 @@
 /* One query token: for each page, for each kv head of the range, BLOCK positions at a time: scores, softmax so far, weighted values.
  * Pages outside, heads inside: the keys of all heads are one run of memory. Codes become floats in registers, once for up to
- * HEADS_AT_ONCE query heads.
- *
- * 8-bit floats come out of their registers as very small numbers (v_code_unit). To keep clear of the edge of float32, queries are lifted by `lift`
- * and so are probabilities; scores come down again with the scale of their block, and sums stay 1 / lift of what they mean until merge_heads. */
+ * HEADS_AT_ONCE query heads. */
 
 enum { MAX_HEADS = 4, HEADS_AT_ONCE = VL == 16 ? MAX_HEADS : 2 }; /* with four positions: as many sums as there are registers for */
 
 typedef struct {
     const uint8_t *keys, *values;           /* codes of the first position */
     int64_t n, d, d_pad;                    /* positions, 1..BLOCK; head size */
-    float unit;                             /* what scores and probabilities are multiplied by, beside the scales */
     const float *key_scales, *value_scales; /* of 16 positions each, or NULL */
     int64_t skip;                           /* positions of the first scale that lie before the first position */
     const float *q;                         /* [heads, d_pad], scaled, zero beyond d */
@@ -132,13 +128,13 @@ INLINE void weigh_values(const decode_block *b, lco_dtype dtype, int heads, int6
         weigh_columns(b, dtype, heads, 1, i, b->d - i, begin, end, factor, p, ahead && i == 0);
 }
 
-/* Each run of positions times its scale (1 when there are none) and the unit. */
+/* Each run of positions times its scale. */
 INLINE void scale_positions(float *x, int64_t n, const float *scales, int64_t skip, float unit)
 {
     for (int64_t t = 0, stop; t < n; t = stop) {
         const int64_t block = (skip + t) / LCO_KV_BLOCK;
         stop = (block + 1) * LCO_KV_BLOCK - skip < n ? (block + 1) * LCO_KV_BLOCK - skip : n;
-        const vf scale = v_set(scales != NULL ? scales[block] * unit : unit);
+        const vf scale = v_set(scales[block] * unit);
         for (int64_t i = t; i < stop; i += VL)
             v_store_part(x + i, v_mul(scale, v_load_part(x + i, stop - i)), stop - i);
     }
@@ -150,11 +146,11 @@ INLINE void attend_block(const decode_block *b, lco_dtype dtype, int heads, bool
     float scores[MAX_HEADS][BLOCK], factor[MAX_HEADS];
     block_scores(b, dtype, heads, ahead, scores);
     for (int g = 0; g < heads; g++) {
-        if (lco_dtype_scaled(dtype) || b->unit != 1)
-            scale_positions(scores[g], b->n, b->key_scales, b->skip, b->unit);
+        if (lco_dtype_scaled(dtype))
+            scale_positions(scores[g], b->n, b->key_scales, b->skip, v_code_unit(dtype));
         factor[g] = block_softmax(scores[g], b->n, &b->largest[g], &b->total[g]);
-        if (lco_dtype_scaled(dtype) || b->unit != 1)
-            scale_positions(scores[g], b->n, b->value_scales, b->skip, b->unit);
+        if (lco_dtype_scaled(dtype))
+            scale_positions(scores[g], b->n, b->value_scales, b->skip, v_code_unit(dtype));
     }
     if (ahead) {
         weigh_values(b, dtype, heads, 0, b->n, factor, scores, true);
@@ -228,7 +224,7 @@ static void load_decode_query(const attention_job *job, const unit *u, float *sc
     for (int64_t h = 0; h < u->heads * job->group; h++) {
         const float *q = a->q + u->item->row * a->ld_q + (first_head + h) * d;
         for (int64_t j = 0; j < job->d_pad; j++) {
-            scaled[h * job->d_pad + j] = j < d ? q[j] * a->scale * job->lift : 0;
+            scaled[h * job->d_pad + j] = j < d ? q[j] * a->scale : 0;
             sums[h * job->d_pad + j] = 0;
         }
         largest[h] = -INFINITY;
@@ -254,7 +250,6 @@ static void decode_page(const attention_job *job, const unit *u, const float *sc
             stop = (t / BLOCK + 1) * BLOCK < end ? (t / BLOCK + 1) * BLOCK : end;
             const size_t offset = (size_t)(t * d) * code_bytes;
             decode_block b = {.keys = keys + offset, .values = values + offset, .n = stop - t, .d = d, .d_pad = job->d_pad};
-            b.unit = v_code_unit(kv->dtype) / job->lift;
             if (job->group > 1 || lco_dtype_scaled(kv->dtype)) { /* half as many lines a row: the hardware does not follow in time */
                 b.next_keys = next_keys + offset;
                 b.next_values = next_values + offset;
@@ -282,7 +277,6 @@ static void decode_own_block(const attention_job *job, const unit *u, const floa
         decode_block b = {.keys = (const uint8_t *)keys, .values = (const uint8_t *)values, .n = end - begin};
         b.d = kv->head_dim;
         b.d_pad = job->d_pad;
-        b.unit = 1 / job->lift;
         b.next_keys = job->group > 1 ? b.keys : NULL;
         b.next_values = job->group > 1 ? b.values : NULL;
         attend_heads(job, u, scaled, h, &b, LCO_BF16);

@@ -19,9 +19,6 @@ typedef struct {
     float *values;          /* [BLOCK][d_pad] */
 } prompt_block;
 
-/* Tokens of a unit. */
-static int64_t prompt_tokens(const attention_job *job) { return job->group >= PROMPT_ROWS ? 1 : PROMPT_ROWS / job->group; }
-
 static int64_t prompt_tiles(const attention_job *job) { return (prompt_tokens(job) * job->group + TILE_ROWS - 1) / TILE_ROWS; }
 
 static int64_t prompt_scratch(const attention_job *job)
@@ -64,24 +61,24 @@ INLINE void convert(const prompt_block *b, lco_dtype dtype, const uint8_t *keys,
                     const float *value_scales, int64_t at, int64_t skip, int64_t n)
 {
     const bool scaled = lco_dtype_scaled(dtype);
-    const vf unit = v_set(v_code_unit(dtype));
+    const float unit = v_code_unit(dtype);
     const size_t row = (size_t)b->d * lco_dtype_bytes(dtype);
     for (int64_t t = 0; t < n; t += VL) {
-        const vf scale = scaled ? v_set(key_scales[t / LCO_KV_BLOCK]) : v_zero();
+        const vf scale = scaled ? v_set(key_scales[t / LCO_KV_BLOCK] * unit) : v_zero();
         for (int64_t i = 0; i < b->d; i += VL) {
             vf square[VL];
             for (int64_t j = 0; j < VL; j++)
                 square[j] = t + j >= skip && t + j < n ? v_load_as_part(keys + (size_t)(t + j) * row, i, b->d - i, dtype) : v_zero();
             v_transpose(square);
             for (int64_t j = 0; j < VL; j++)
-                v_store(b->keys + (i + j) * BLOCK + at + t, scaled ? v_mul(scale, v_mul(unit, square[j])) : square[j]);
+                v_store(b->keys + (i + j) * BLOCK + at + t, scaled ? v_mul(scale, square[j]) : square[j]);
         }
     }
     for (int64_t t = skip; t < n; t++) {
-        const vf scale = scaled ? v_set(value_scales[t / LCO_KV_BLOCK]) : v_zero();
+        const vf scale = scaled ? v_set(value_scales[t / LCO_KV_BLOCK] * unit) : v_zero();
         for (int64_t i = 0; i < b->d; i += VL) {
             const vf v = v_load_as_part(values + (size_t)t * row, i, b->d - i, dtype);
-            v_store(b->values + (at + t) * b->d_pad + i, scaled ? v_mul(scale, v_mul(unit, v)) : v);
+            v_store(b->values + (at + t) * b->d_pad + i, scaled ? v_mul(scale, v) : v);
         }
     }
 }

@@ -151,30 +151,27 @@ static inline vf v_exp(vf a)
 }
 #endif
 
-/* VL one-byte codes as floats times 1 / v_code_unit(). The bits of an 8-bit float, put where a float32 has them, mean 2^-120 (e4m3) or 2^-112 (e5m2) of
- * it, subnormals too: three cheap operations, while conversions from half cost twice that. A NaN code comes out as a number: its block's
- * scale is NaN then (base/codes.h). */
+/* VL one-byte codes as floats, e4m3 times 2^-8 (a float16 of the same bits; v_code_unit mends it in the scale). A NaN of e4m3 comes out as
+ * a number: the block's scale is NaN then (base/codes.h). */
 #if defined(__AVX512F__)
 static inline vf v_from_codes(__m128i c, lco_dtype dtype)
 {
-    const __m512i wide = _mm512_cvtepi8_epi32(c);
     if (dtype == LCO_I8)
-        return _mm512_cvtepi32_ps(wide);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(c));
     if (dtype == LCO_F8_E5M2)
-        return _mm512_castsi512_ps(_mm512_and_si512(_mm512_slli_epi32(wide, 21), _mm512_set1_epi32((int)0x8FE00000)));
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_slli_epi32(wide, 20), _mm512_set1_epi32((int)0x87F00000)));
+        return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(c), 8));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(c), 7), _mm256_set1_epi16((short)0xBFFF)));
 }
 static inline __m128i v_load_codes(const void *p) { return _mm_loadu_si128(p); }
 static inline __m128i v_load_codes_n(const void *p, int64_t n) { return _mm_maskz_loadu_epi8(v_first(n), p); }
 #else
 static inline vf v_from_codes(__m128i c, lco_dtype dtype)
 {
-    const __m256i wide = _mm256_cvtepi8_epi32(c);
     if (dtype == LCO_I8)
-        return _mm256_cvtepi32_ps(wide);
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c));
     if (dtype == LCO_F8_E5M2)
-        return _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(wide, 21), _mm256_set1_epi32((int)0x8FE00000)));
-    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(wide, 20), _mm256_set1_epi32((int)0x87F00000)));
+        return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(c), 8));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(c), 7), _mm_set1_epi16((short)0xBFFF)));
 }
 static inline __m128i v_load_codes(const void *p) { return _mm_loadl_epi64(p); }
 static inline __m128i v_load_codes_n(const void *p, int64_t n)
@@ -185,7 +182,7 @@ static inline __m128i v_load_codes_n(const void *p, int64_t n)
 }
 #endif
 
-static inline float v_code_unit(lco_dtype dtype) { return dtype == LCO_F8_E4M3 ? 0x1p120f : dtype == LCO_F8_E5M2 ? 0x1p112f : 1.0f; }
+static inline float v_code_unit(lco_dtype dtype) { return dtype == LCO_F8_E4M3 ? 256.0f : 1.0f; }
 
 /* VL elements of a weight or cache row, whatever its type, as floats. */
 static inline vf v_load_as(const void *row, int64_t i, lco_dtype dtype)
