@@ -1,26 +1,32 @@
 """Chat templates: messages to the text a model was trained on. Jinja2 in a sandbox, with the helpers that Hugging Face templates expect.
 
-A template is a program from a file, so it is held in bounds: immutable sandbox, limits on loop rounds, on the text it makes, and on the strings,
-lists and powers that its operators make. It cannot see the file system or attributes that begin with an underscore. Filters and methods that pad
-a string (center, ljust, format) are not limited."""
+A template is a program from a file, so it is held in bounds: immutable sandbox, limits on loop rounds and calls, on the text it makes, and on
+the strings, lists and powers that its operators make. It cannot see the file system or attributes that begin with an underscore. Methods and
+filters that pad a string (center, ljust, str.format) are not limited, but for the filter format, which is the operator %."""
 
 import json
+import re
 import reprlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import FilterArgumentError
 from jinja2.ext import Extension
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
+from markupsafe import soft_str
 
 from .errors import ArgumentError, Error, FormatError
 
-MAX_ROUNDS = 1_000_000  # rounds of all loops together
+MAX_ROUNDS = 1_000_000  # rounds of all loops and calls of all functions and macros together
 MAX_TEXT = 1 << 26  # characters a template may make
-_COUNTED, _JOINED = "_llmcoopt_counted", "_llmcoopt_joined"  # loops and ~ go through functions of these names
+_OWN = "_llmcoopt_"
+_COUNTED, _JOINED = f"{_OWN}counted", f"{_OWN}joined"  # loops and ~ go through functions of these names
 
 
 class TemplateError(FormatError):
@@ -31,18 +37,8 @@ def render(template: str, messages: Sequence[Mapping], *, add_generation_prompt:
     """The text of `template` for `messages`. `context` is passed on: bos_token, eos_token, documents, and whatever the template knows."""
     check_messages(messages)
     compiled = _compile(template)
-    rounds = 0
-
-    def counted(items):
-        nonlocal rounds
-        for item in items:
-            rounds += 1
-            if rounds > MAX_ROUNDS:
-                raise TemplateError(f"chat template: more than {MAX_ROUNDS} loop rounds")
-            yield item
-
     parts, size = [], 0
-    values = {**context, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, _COUNTED: counted}
+    values = {**context, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, _COUNTED: _Rounds()}
     try:
         for part in compiled.generate(values):
             size += len(part)
@@ -131,10 +127,38 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
+class _Rounds:
+    """Counts the loop rounds and the calls of one rendering. Called with what a loop runs over, it gives the same, counted."""
+
+    def __init__(self):
+        self.rounds = 0
+
+    def take(self):
+        self.rounds += 1
+        if self.rounds > MAX_ROUNDS:
+            raise TemplateError(f"chat template: more than {MAX_ROUNDS} loop rounds and calls")
+
+    def __call__(self, items):
+        for item in items:
+            self.take()
+            yield item
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["+", "*", "**"])
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def call(__self, __context, __obj, *args, **kwargs):  # named as in Jinja2: a template's keyword may be `context`
+        """Every call in a template comes here, macros and the inner rounds of recursive loops included."""
+        rounds = __context.resolve_or_missing(_COUNTED)
+        if isinstance(rounds, _Rounds) and __obj is not rounds:  # while compiling there is nothing to count
+            rounds.take()
+            if isinstance(__obj, LoopContext) and args:
+                args = (rounds(args[0]), *args[1:])
+        return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context, operator, left, right):
+        if operator == "%" and isinstance(left, str | bytes):
+            _check_format(left, right)
         if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__") and len(left) + len(right) > MAX_TEXT:
             raise SecurityError("a sum of two texts or lists is too large")
         if operator == "**" and not (abs(left) <= 1 << 16 and abs(right) <= 64):
@@ -143,6 +167,36 @@ class _Environment(ImmutableSandboxedEnvironment):
             if hasattr(repeated, "__len__") and isinstance(times, int) and len(repeated) * times > MAX_TEXT:
                 raise SecurityError(f"a text or list repeated {times} times is too large")
         return super().call_binop(context, operator, left, right)
+
+
+# "%(name)-08.3d": width and precision, either a number or a star, which takes it from the values
+_CONVERSION = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|[0-9]*)(?:\.(\*|[0-9]*))?")
+
+
+def _check_format(form, values):
+    """Refuses `form % values` where widths, precisions and values may make too large a text."""
+    form = form.decode("latin-1") if isinstance(form, bytes) else form
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    elif not isinstance(values, tuple):
+        values = [values]
+    star = max((abs(value) for value in values if isinstance(value, int)), default=0)
+    longest = max((len(value) if isinstance(value, str | bytes) else len(str(value)) for value in values), default=0)
+    size = len(form)
+    for conversion in _CONVERSION.finditer(form):
+        numbers = [star if number == "*" else int(number[:12]) for number in conversion.groups() if number]
+        size += longest + sum(numbers)
+        if size > MAX_TEXT:
+            raise SecurityError("a text made with % is too large")
+
+
+def _format(value, *args, **kwargs):
+    """Jinja2's filter, held in the bounds of %."""
+    if args and kwargs:
+        raise FilterArgumentError("can't handle positional and keyword arguments at the same time")
+    form = soft_str(value)
+    _check_format(form, kwargs or args)
+    return form % (kwargs or args)
 
 
 def _joined(*parts):
@@ -184,6 +238,7 @@ class _Bounded(NodeTransformer):
 def _environment() -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
+    environment.filters["format"] = _format
     environment.globals[_JOINED] = _joined
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -192,6 +247,8 @@ def _environment() -> _Environment:
 
 @lru_cache(maxsize=32)
 def _compile(template: str) -> jinja2.Template:
+    if _OWN in unicodedata.normalize("NFKC", template):  # as Python reads names
+        raise TemplateError(f"chat template: names with {_OWN} are not for templates")
     environment = _environment()
     try:
         tree = _Bounded().visit(environment.parse(template))

@@ -64,7 +64,7 @@ class ModelConfig:
     rope: RopeConfig
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # what the config says; bias tensors in the file decide
+    attention_bias: bool = False  # what the config says; `biased` has what follows from it
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head before rope
     window: tuple[int, ...] | None = None  # per layer: tokens a token sees, itself included; 0: all. None: all layers see all
@@ -87,6 +87,13 @@ class ModelConfig:
     @property
     def tied_head(self) -> bool:
         return self.tie_word_embeddings
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The matrices of a layer that have a bias, as transformers builds this model type: its file must hold them."""
+        attention = {"mistral": "", "qwen2": "qkv"}.get(self.model_type, "qkvo" if self.attention_bias else "")
+        mlp = ("gate", "up", "down") if self.mlp_bias and self.model_type == "llama" else ()
+        return (*(f"self_attn.{part}_proj" for part in attention), *(f"mlp.{part}_proj" for part in mlp))
 
     @property
     def max_positions(self) -> int:

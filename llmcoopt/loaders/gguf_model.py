@@ -34,7 +34,7 @@ _IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_NAME = re.compile(r"(?:blk\.(\d{1,9})\.)?([a-z_]+)\.(weight|bias)")
+_NAME = re.compile(r"(?:blk\.(0|[1-9][0-9]{0,8})\.)?([a-z_]+)\.(weight|bias)")  # each tensor has one spelling
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 # Metadata (after the architecture's name) that changes the model in ways not implemented, with the values that change nothing.
 _NEUTRAL = {
@@ -62,6 +62,7 @@ def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None
     config = gguf_config(metadata, found, path, tie_word_embeddings)
     interleaved = metadata["general.architecture"] == "llama"
     swapped = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if interleaved else {}
+    _check_biases(path, config, found)
     jobs = []
     for name, tensor in found.items():
         if name in _ROPE_FACTORS or (name == "output.weight" and config.tie_word_embeddings):
@@ -73,7 +74,11 @@ def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None
     def run(job):
         return _to_tensor(path, *job, dtype)  # decoding releases the GIL
 
-    tensors = {tensor.name: tensor for tensor in in_threads(run, jobs)}
+    tensors = {}
+    for tensor in in_threads(run, jobs):
+        if tensor.name in tensors:
+            raise FormatError(f"{path}: two tensors are '{tensor.name}'; expected one")
+        tensors[tensor.name] = tensor
     return LoadedCheckpoint(config, tensors, path, "gguf", path, metadata=metadata)
 
 
@@ -218,6 +223,20 @@ def _hf_name(path, name, layers):
     if hf_stem is None or (layer is not None and int(layer) >= layers):
         raise FormatError(f"{path}: tensor '{name}' belongs to no part of a model with {layers} layers")
     return (f"{hf_stem}.{kind}" if layer is None else f"model.layers.{int(layer)}.{hf_stem}.{kind}"), stem
+
+
+def _check_biases(path, config, found):
+    """The metadata do not say which matrices have a bias: qwen2 needs those of q, k and v, and one that a layer has, all layers have."""
+    for stem in _IN_BLOCK:
+        names = [f"blk.{layer}.{stem}.bias" for layer in range(config.num_hidden_layers)]
+        seen = next((name for name in names if name in found), None)
+        needed = config.model_type == "qwen2" and stem in ("attn_q", "attn_k", "attn_v")
+        if seen is None and not needed:
+            continue
+        missing = next((name for name in names if name not in found), None)
+        if missing is not None:
+            reason = "architecture 'qwen2' has it" if needed else f"'{seen}' is there"
+            raise FormatError(f"{path}: tensor '{missing}' is missing; expected it, as {reason}")
 
 
 def _check_type(path, tensor):

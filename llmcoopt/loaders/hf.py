@@ -1,5 +1,6 @@
 """Reads a Hugging Face folder: config.json, generation_config.json, and safetensors in one file or in shards."""
 
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -26,7 +27,7 @@ def load_folder(path, tie_word_embeddings: bool | None = None) -> LoadedCheckpoi
 
     Raises MissingFileError, FormatError and UnsupportedError, each naming the file and tensor."""
     path = Path(path)
-    raw = read_json(path / "config.json") if (path / "config.json").exists() else _no_config(path)
+    raw = read_json(path / "config.json") if os.path.exists(path / "config.json") else _no_config(path)
     quantisation = raw.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
@@ -35,6 +36,7 @@ def load_folder(path, tie_word_embeddings: bool | None = None) -> LoadedCheckpoi
     generation = read_json(generation_path) if generation_path.exists() else {}
     config = parse_config(raw, generation, str(path / "config.json"))
     tensors = _normalise(_read_weights(path))
+    _check_biases(config, tensors)
     config = _settle_head(path, config, tensors, tie_word_embeddings)
     return LoadedCheckpoint(config, tensors, path, "safetensors", path, generation)
 
@@ -59,7 +61,10 @@ def _no_config(path):
 
 
 def _listing(path, most=8):
-    names = sorted(p.name for p in path.iterdir())
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise MissingFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
 
 
@@ -126,6 +131,27 @@ def _normalise(found: dict[str, Tensor]) -> dict[str, Tensor]:
             raise FormatError(f"{tensor.file}: tensors '{name}' and '{raw_name}' are the same weight; expected one of them")
         tensors[name] = replace(tensor, name=name)
     return tensors
+
+
+def _check_biases(config, tensors):
+    """Refuses a file without a bias that the config promises; warns of biases that it denies, which are used all the same."""
+    promised = set()
+    for layer in range(config.num_hidden_layers):
+        for stem in config.biased:
+            name = f"model.layers.{layer}.{stem}"
+            weight = tensors.get(f"{name}.weight")
+            if weight is not None and f"{name}.bias" not in tensors:
+                key = "mlp_bias" if stem.startswith("mlp.") else "attention_bias"
+                reason = f"{key} is true" if config.model_type != "qwen2" else "model_type 'qwen2' has it"
+                raise FormatError(f"{weight.file}: tensor '{name}.bias' is missing; the config expects it, as {reason}")
+            promised.add(f"{name}.bias")
+    denied = [name for name in tensors if name.endswith(".bias") and name not in promised]
+    if denied:
+        more = f" and {len(denied) - 1} more biases" if len(denied) > 1 else ""
+        warnings.warn(
+            f"{tensors[denied[0]].file}: tensor '{denied[0]}'{more} used, though the config of model_type {config.model_type!r} says "
+            f"that there is none (attention_bias {config.attention_bias}, mlp_bias {config.mlp_bias})"
+        )
 
 
 def _settle_head(path, config, tensors, wanted):

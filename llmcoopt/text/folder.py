@@ -1,5 +1,8 @@
 """The tokenizer in a Hugging Face folder: tokenizer.json or tokenizer.model, and the facts in the JSON files beside it."""
 
+import os
+import re
+import reprlib
 import warnings
 from pathlib import Path
 
@@ -20,11 +23,13 @@ JSON, MODEL = "tokenizer.json", "tokenizer.model"
 
 def load_folder(folder: Path):
     """(encoder, facts) of a folder."""
-    if (folder / JSON).exists():
-        return load_file(folder / JSON)
-    if (folder / MODEL).exists():
-        return load_file(folder / MODEL)
-    names = sorted(p.name for p in folder.iterdir())
+    for name in (JSON, MODEL):
+        if os.path.exists(folder / name):
+            return load_file(folder / name)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise MissingFileError(f"{folder}: cannot be read: {error.strerror or error}") from error
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
     ggufs = [name for name in names if name.endswith(".gguf")]
     advice = f"; pass the GGUF file itself: {folder / ggufs[0]}" if ggufs else ""
@@ -147,7 +152,7 @@ class _Files:
         found = {}
         where = str(self.folder / "added_tokens.json")
         for content, number in self._json("added_tokens.json").items():
-            found[number] = {"id": number, "content": content, "where": where, **_FLAGS}
+            found[_checked_id(number, content, where)] = {"id": number, "content": content, "where": where, **_FLAGS}
         where = str(self.folder / "tokenizer_config.json") + ": added_tokens_decoder"
         decoder = self.config.get("added_tokens_decoder", {})
         if not isinstance(decoder, dict):
@@ -155,18 +160,8 @@ class _Files:
         for number, entry in decoder.items():
             content = entry.get("content") if isinstance(entry, dict) else entry
             flags = {key: bool(entry.get(key, plain)) for key, plain in _FLAGS.items()} if isinstance(entry, dict) else _FLAGS
-            number = int(number) if number.isdigit() else number
+            number = _checked_id(int(number) if _DIGITS.fullmatch(number) else number, content, where)
             found[number] = {"id": number, "content": content, "where": where, **flags}
-        for entry in found.values():
-            number, content = entry["id"], entry["content"]
-            if (
-                not isinstance(number, int)
-                or isinstance(number, bool)
-                or not 0 <= number < 2**24
-                or not isinstance(content, str)
-                or not content
-            ):
-                raise FormatError(f"{entry['where']}: the added token {content!r} has id {number!r}; expected text and an id from 0 on")
         return [found[number] for number in sorted(found)]
 
     def special(self, encoder) -> dict[str, str]:
@@ -218,7 +213,21 @@ class _Files:
                 found["default" if path == single else path.stem] = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise FormatError(f"{path}: not UTF-8 at byte {error.start}") from None
+            except OSError as error:
+                raise MissingFileError(f"{path}: cannot be read: {error.strerror or error}") from error
         return found
+
+
+_DIGITS = re.compile("[0-9]{1,9}")
+
+
+def _checked_id(number, content, where):
+    """`number`, if an added token can have it and `content`."""
+    if type(number) is not int or not 0 <= number < 2**24 or not isinstance(content, str) or not content:
+        raise FormatError(
+            f"{where}: the added token {reprlib.repr(content)} has id {reprlib.repr(number)}; expected text and an id from 0 on"
+        )
+    return number
 
 
 def _named(value, where):

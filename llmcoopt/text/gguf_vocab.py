@@ -1,5 +1,7 @@
 """The tokenizer in a GGUF file's metadata (keys tokenizer.ggml.*): SentencePiece BPE ("llama") and byte-level BPE ("gpt2")."""
 
+import math
+import reprlib
 import warnings
 
 from tokenizers import AddedToken as RustAdded
@@ -30,58 +32,108 @@ _LLAMA_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
 
 def from_metadata(metadata: dict, where: str):
     """(encoder, facts) of a file's metadata. Raises FormatError and UnsupportedError, each naming the key."""
-    kind = metadata.get(_MODEL)
+    keys = _Metadata(metadata, where)
+    kind = keys.text("model")
     if kind is None:
         raise FormatError(f"{where}: no key {_MODEL}: the file holds no tokenizer")
     if kind not in ("llama", "gpt2"):
-        raise UnsupportedError(f"{where}: {_MODEL} is {kind!r}; expected 'llama' or 'gpt2'")
-    tokens = _list(metadata, "tokens", str, where)
+        raise UnsupportedError(f"{where}: {_MODEL} is {kind!r:.100}; expected 'llama' or 'gpt2'")
+    tokens = keys.array("tokens", "text")
     if not tokens:
         raise FormatError(f"{where}: tokenizer.ggml.tokens is missing or empty")
-    types = [int(t) for t in _list(metadata, "token_type", int, where, len(tokens))] or [NORMAL] * len(tokens)
-    ids = _special_ids(metadata, kind, len(tokens), where)
-    encoder = (_llama if kind == "llama" else _gpt2)(metadata, tokens, types, where)
-    return encoder, _facts(metadata, kind, tokens, types, ids, where)
+    types = keys.array("token_type", "int", len(tokens)) or [NORMAL] * len(tokens)
+    ids = _special_ids(keys, kind, len(tokens), where)
+    encoder = (_llama if kind == "llama" else _gpt2)(keys, tokens, types, where)
+    return encoder, _facts(keys, kind, tokens, types, ids, where)
 
 
-def _list(metadata, name, item, where, size=None):
-    key = f"tokenizer.ggml.{name}"
-    found = metadata.get(key)
-    if found is None:
-        return []
-    if isinstance(found, str | bytes | int | float):
-        raise FormatError(f"{where}: {key} is {found!r}; expected an array")
-    found = found.tolist() if hasattr(found, "tolist") else list(found)
-    if size is not None and len(found) != size:
-        raise FormatError(f"{where}: {key} has {len(found)} entries; expected {size}, one for each token")
-    bad = next((i for i, value in enumerate(found) if not isinstance(value, item)), None)
-    if bad is not None:
-        raise FormatError(f"{where}: {key}[{bad}] is {found[bad]!r}; expected {getattr(item, '__name__', 'a number')}")
-    return found
+def _is_number(value):
+    try:
+        return type(value) in (int, float) and not math.isnan(value)
+    except OverflowError:  # an int beyond float
+        return False
 
 
-def _special_ids(metadata, kind, size, where):
+_ITEMS = {
+    "text": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int,
+    "a number": _is_number,
+}
+
+
+class _Metadata:
+    """Typed look-ups under tokenizer.ggml. Each raises FormatError naming file and key where the value has another type."""
+
+    def __init__(self, metadata, where):
+        self.metadata, self.where = metadata, where
+
+    def get(self, name):
+        """The value; NumPy's scalars and arrays as Python's numbers and lists."""
+        value = self.metadata.get(f"tokenizer.ggml.{name}")
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    def fail(self, name, expected):
+        raise FormatError(f"{self.where}: tokenizer.ggml.{name} is {reprlib.repr(self.get(name))}; expected {expected}")
+
+    def text(self, name):
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            self.fail(name, "text")
+        return value
+
+    def flag(self, name):
+        """True, False, or None where it is missing. 0 and 1 count."""
+        value = self.get(name)
+        if value is not None and (type(value) not in (bool, int) or value not in (0, 1)):
+            self.fail(name, "true or false")
+        return None if value is None else bool(value)
+
+    def token_id(self, name):
+        value = self.get(name)
+        if value is not None and type(value) is not int:
+            self.fail(name, "a token id")
+        return value
+
+    def array(self, name, item, size=None):
+        """The list of an array whose values are all "text", "int" or "a number"; empty where it is missing."""
+        found = self.get(name)
+        if found is None:
+            return []
+        if not isinstance(found, list | tuple):
+            self.fail(name, "an array")
+        if size is not None and len(found) != size:
+            self.fail_array(name, f" has {len(found)} entries; expected {size}, one for each token")
+        fits = _ITEMS[item]
+        bad = next((i for i, value in enumerate(found) if not fits(value)), None)
+        if bad is not None:
+            self.fail_array(name, f"[{bad}] is {reprlib.repr(found[bad])}; expected {item}")
+        return list(found)
+
+    def fail_array(self, name, problem):
+        raise FormatError(f"{self.where}: tokenizer.ggml.{name}{problem}")
+
+
+def _special_ids(keys, kind, size, where):
     ids = {}
     for name in (*_NAMES, "eot", "eom"):
         key = f"tokenizer.ggml.{name}_token_id"
-        value = metadata.get(key)
+        value = keys.token_id(f"{name}_token_id")
         if value is None and kind == "llama" and _LLAMA_DEFAULTS.get(name, size) < size:
             value = _LLAMA_DEFAULTS[name]
         if value is None:
             continue
-        if not 0 <= int(value) < size:
+        if not 0 <= value < size:
             warnings.warn(f"{where}: {key} is {value}, but there are {size} tokens; ignored", stacklevel=4)
             continue
-        ids[name] = int(value)
+        ids[name] = value
     return ids
 
 
-def _facts(metadata, kind, tokens, types, ids, where):
-    pre = metadata.get("tokenizer.ggml.pre")
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+def _facts(keys, kind, tokens, types, ids, where):
+    add_bos = keys.flag("add_bos_token")
     if add_bos is None:
-        add_bos = kind == "llama" or pre in ADD_BOS
-    before, after = surround([], [], ids.get("bos"), ids.get("eos"), bool(add_bos), bool(metadata.get("tokenizer.ggml.add_eos_token")))
+        add_bos = kind == "llama" or keys.text("pre") in ADD_BOS
+    before, after = surround([], [], ids.get("bos"), ids.get("eos"), add_bos, bool(keys.flag("add_eos_token")))
     control = {token: i for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)}
     ends = [ids[name] for name in ("eos", "eot", "eom") if name in ids] + [control[end] for end in _ENDS if end in control]
     return TokenizerFacts(
@@ -90,7 +142,7 @@ def _facts(metadata, kind, tokens, types, ids, where):
         before=before,
         after=after,
         end_ids=list(dict.fromkeys(ends)),
-        chat_templates=_templates(metadata, where),
+        chat_templates=_templates(keys.metadata, where),
     )
 
 
@@ -105,24 +157,24 @@ def _templates(metadata, where):
     return found
 
 
-def _llama(metadata, tokens, types, where):
-    scores = [float(s) for s in _list(metadata, "scores", int | float, where, len(tokens))]
+def _llama(keys, tokens, types, where):
+    scores = [float(score) for score in keys.array("scores", "a number", len(tokens))]
     if not scores:
         raise FormatError(f"{where}: tokenizer.ggml.scores is missing; a 'llama' vocabulary needs the scores of its tokens")
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix")
+    prefix = keys.flag("add_space_prefix")
     unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
     segmenter = BpeSegmenter(tokens, scores, types, unknown, BYTE in types)
-    normalizer = Normalizer(remove_extra_spaces=bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)))
+    normalizer = Normalizer(remove_extra_spaces=bool(keys.flag("remove_extra_whitespaces")))
     added = [AddedToken(token, i, types[i] == CONTROL) for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED) and token]
     dummy = ALWAYS if prefix is None or prefix else NEVER
     return SentencePieceEncoder(tokens, types, segmenter, normalizer, dummy=dummy, added=added, unk_surface=" \u2047 ")
 
 
-def _gpt2(metadata, tokens, types, where):
-    merges = [_merge(m, i, where) for i, m in enumerate(_list(metadata, "merges", str, where))]
+def _gpt2(keys, tokens, types, where):
+    merges = [_merge(m, i, where) for i, m in enumerate(keys.array("merges", "text"))]
     if not merges:
         raise FormatError(f"{where}: tokenizer.ggml.merges is missing; a 'gpt2' vocabulary needs them")
-    pre = metadata.get("tokenizer.ggml.pre")
+    pre = keys.text("pre")
     if pre not in EXPRESSIONS:
         said = "is missing" if pre is None else f"{pre!r} is not known"
         warnings.warn(

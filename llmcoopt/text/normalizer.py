@@ -117,6 +117,6 @@ class Normalizer:
 
 
 def alternation(texts: Sequence[str]) -> re.Pattern | None:
-    """Matches any of the texts, the longest first; None for no texts."""
-    ordered = sorted(set(texts), key=len, reverse=True)
+    """Matches any of the texts, the longest first; None for no texts. An empty text is left out: it would match everywhere."""
+    ordered = sorted(set(texts) - {""}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None

@@ -176,5 +176,5 @@ _SINGLE = struct.Struct("f")
 
 
 def _single(value: float) -> float:
-    """The nearest single-precision number."""
+    """The nearest single-precision number; infinity beyond the largest, which packing in native mode gives without an error."""
     return _SINGLE.unpack(_SINGLE.pack(value))[0]

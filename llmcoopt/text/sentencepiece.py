@@ -102,7 +102,9 @@ class SentencePieceEncoder:
             return token.encode("utf-8", "surrogateescape") if byte is None else bytes([byte])
 
         def head_piece(token_id):
-            return piece(token_id).removeprefix(b" ") if is_text(token_id) else piece(token_id)
+            """Without its space mark; a blank that a user-defined piece begins with stays, as in SentencePiece."""
+            marked = is_text(token_id) and self.token(token_id).startswith(SPACE)
+            return piece(token_id).removeprefix(b" ") if marked else piece(token_id)
 
         if self._normalize.remove_extra_spaces:
             return Detokenizer(piece, head_piece, "text", EACH_BYTE)

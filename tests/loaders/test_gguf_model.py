@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 
 import checkpoints
@@ -305,6 +306,10 @@ def test_bad_tensors(tmp_path):
     refused(UnsupportedError, r"'blk\.1\.ffn_up\.weight' has type Q2_K.*known:.*Q6_K", blk__1__ffn_up__weight=("Q2_K", (1, 256), bytes(84)))
     refused(UnsupportedError, r"has type I32", blk__1__ffn_up__weight=("I32", (1, 2), bytes(8)))
     refused(FormatError, r"'blk\.0\.extra\.weight' belongs to no part", blk__0__extra__weight=("F32", (1,), bytes(4)))
+    up = ("F32", (50, 36), bytes(7200))
+    for layer in ("00", "01", "+1", "\u0661", "1_0"):  # one spelling for each layer: two names never mean one tensor
+        with pytest.raises(FormatError, match=rf"'blk\.{re.escape(layer)}\.ffn_up\.weight' belongs to no part"):
+            load(write_model(tmp_path, tensors={f"blk.{layer}.ffn_up.weight": up})[0])
     refused(FormatError, r"'nonsense' belongs to no part", nonsense=("F32", (1,), bytes(4)))
     refused(
         FormatError,

@@ -1,6 +1,7 @@
 """Names of models: paths, "tiny", hub ids in the cache, downloads, and what is said when nothing fits."""
 
 import builtins
+import json
 import sys
 import types
 from pathlib import Path
@@ -22,7 +23,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "hf" / "hub"
 
 
-def snapshot(cache, name="org--name", commit="abc123", revision="main", files=("config.json", "model.safetensors")):
+def snapshot(cache, name="org--name", commit="abc123", revision="main", files=("config.json", "model.safetensors", "tokenizer.json")):
     folder = cache / f"models--{name}" / "snapshots" / commit
     folder.mkdir(parents=True)
     for file in files:
@@ -71,6 +72,116 @@ def test_incomplete_snapshots_do_not_count(empty_cache, files):
     snapshot(empty_cache, files=files)
     with pytest.raises(MissingFileError, match="pip install huggingface_hub"):
         resolve("org/name")
+
+
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def sharded(cache, files):
+    folder = snapshot(cache, files=("config.json", "tokenizer.json", INDEX, *files))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}))
+    return folder
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """A hub library whose downloads are counted here."""
+    calls = []
+
+    def snapshot_download(name, **options):
+        calls.append(name)
+        return str(tmp_path / "downloaded")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    return calls
+
+
+def test_a_sharded_snapshot(empty_cache, downloads):
+    assert resolve("org/name") == Path.cwd() / "downloaded" and downloads == ["org/name"]
+    folder = sharded(empty_cache, SHARDS)
+    assert resolve("org/name") == folder and len(downloads) == 1
+
+
+@pytest.mark.parametrize("shards", [(), SHARDS[:1], SHARDS[1:]])
+def test_a_cut_off_download_is_taken_up_again(empty_cache, downloads, shards):
+    sharded(empty_cache, shards)
+    assert resolve("org/name") == Path.cwd() / "downloaded" and downloads == ["org/name"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("config.json", "model.safetensors"),  # no tokenizer yet
+        ("model.safetensors", "tokenizer.json"),
+        ("config.json", "tokenizer.json", SHARDS[0]),  # a shard came before the index
+        ("config.json", "tokenizer.json", *SHARDS),
+        ("config.json", "tokenizer.json", INDEX, *SHARDS),  # an index that says nothing
+    ],
+)
+def test_other_cut_off_downloads(empty_cache, downloads, files):
+    snapshot(empty_cache, files=files)
+    assert resolve("org/name") == Path.cwd() / "downloaded" and downloads == ["org/name"]
+
+
+def test_a_link_to_a_file_that_is_gone(empty_cache, downloads):
+    folder = snapshot(empty_cache, files=("config.json", "tokenizer.json"))
+    (folder / "model.safetensors").symlink_to(folder / "blob")
+    assert resolve("org/name") == Path.cwd() / "downloaded"
+    (folder / "blob").write_text("{}")
+    assert resolve("org/name") == folder
+
+
+def test_other_weights_files_that_stand_alone(empty_cache):
+    folder = snapshot(empty_cache, files=("config.json", "weights.safetensors", "tokenizer.model"))
+    assert resolve("org/name") == folder
+
+
+def test_a_part_without_a_library_or_network(empty_cache):
+    sharded(empty_cache, SHARDS[:1])
+    with pytest.raises(
+        MissingFileError, match=r"the cache holds only a part of it, without model-00002-of-00002\.safetensors; .*pip install"
+    ):
+        resolve("org/name")
+
+
+def test_a_download_that_brings_nothing(empty_cache, monkeypatch):
+    """Without a network the library returns the folder that it has, complete or not."""
+    folder = sharded(empty_cache, SHARDS[:1])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=lambda name, **options: str(folder)))
+    with pytest.raises(MissingFileError, match=r"brought nothing .*only a part of it, without model-00002-of-00002\.safetensors"):
+        resolve("org/name")
+    (folder / SHARDS[1]).write_text("{}")
+    (folder / "tokenizer.json").unlink()
+    assert resolve("org/name") == folder
+
+
+def test_a_model_without_a_tokenizer_serves_where_nothing_can_be_downloaded(empty_cache):
+    folder = snapshot(empty_cache, files=("config.json", "model.safetensors"))
+    assert resolve("org/name") == folder
+
+
+@pytest.mark.parametrize("revision", ["", "/etc", "../x", "a//b", "a\0b", "x" * 5000, 3, b"main", "a/../b"])
+def test_bad_revisions(revision):
+    with pytest.raises(ArgumentError, match="expected a branch, tag or commit"):
+        resolve("org/name", revision=revision)
+
+
+def test_odd_names_and_caches(empty_cache, tmp_path):
+    with pytest.raises(MissingFileError):
+        resolve("org/" + "x" * 5000)
+
+    class Bytes:
+        def __fspath__(self):
+            return b"x"
+
+    with pytest.raises(ArgumentError, match="not bytes"):
+        resolve(Bytes())
+    folder = snapshot(empty_cache)
+    (empty_cache / "models--org--name" / "refs" / "main").write_bytes(b"\xff\xfe")
+    with pytest.raises(MissingFileError, match="not in the hub cache"):
+        resolve("org/name")
+    assert resolve("org/name", revision="abc123") == folder
 
 
 def test_without_the_hub_library():

@@ -79,6 +79,20 @@ def test_loop_variables_survive_the_round_counter():
         ("{{ 'x' * 10 ** 9 }}", "too large"),
         ("{{ 10 ** 10 ** 10 }}", "too large"),
         ("{{ [0] * 1000000000 }}", "too large"),
+        ("{{ '%0400000000d' % 1 }}", "% is too large"),
+        ("{{ '%.400000000d' % 1 }}", "% is too large"),
+        ("{{ '%(a)400000000s' % {'a': 1} }}", "% is too large"),
+        ("{{ '%*d' % (400000000, 1) }}", "% is too large"),
+        ("{{ '%*d' % (-400000000, 1) }}", "% is too large"),
+        ("{{ '%99999999999999999999999d' % 1 }}", "% is too large"),
+        ("{{ '%0400000000d'.encode() % 1 }}", "% is too large"),
+        ("{{ '%0400000000d' | format(1) }}", "% is too large"),
+        ("{{ '%(a)400000000d' | format(a=1) }}", "% is too large"),
+        ("{% set a = 'x' * 40000000 %}{{ '%s%s' % (a, a) }}", "% is too large"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", "loop rounds and calls"),
+        ("{% for x in [40] recursive %}{{ loop([x - 1, x - 1]) if x }}{% endfor %}", "loop rounds and calls"),
+        ("{% for x in [1] recursive %}{% if loop.depth < 5 %}{{ loop(range(90000)) }}{% endif %}{% endfor %}", "loop rounds and calls"),
+        ("{% set _llmcoopt_counted = range %}", "not for templates"),
         ("{% for i in range(10 ** 6) %}{% endfor %}", "[Rr]ange"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loop rounds"),
         ("{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "~ is too large"),
@@ -104,6 +118,19 @@ def test_bad_templates_fail_soon_and_say_why(template, text):
         chat.render(template, USER)
     assert isinstance(caught.value, errors.FormatError)
     assert time.perf_counter() - started < 20
+
+
+def test_the_bounds_leave_usual_work_alone():
+    assert chat.render("{{ '%s: %5.1f|%-4d|%%|%x' % ('a', 2.25, 7, 255) }}{{ 7 % 3 }}{{ -7 % 3 }}", USER) == "a:   2.2|7   |%|ff12"
+    assert chat.render("{{ '%(a)s%(b)03d' % {'a': 'x', 'b': 5} }}{{ '%*d' % (4, 1) }}", USER) == "x005   1"
+    assert chat.render("{{ '%s-%d' | format('a', 2) }}{{ '%(k)s' | format(k=3) }}", USER) == "a-23"
+    assert chat.render("{% macro f(context, n) %}{{ context }}{{ n }}{% endmacro %}{{ f(context=3, n=4) }}", USER) == "34"
+    assert chat.render("{% macro f() %}<{{ caller(1) }}>{% endmacro %}{% call(x) f() %}{{ x }}{% endcall %}", USER) == "<1>"
+    tree = "{% for x in [3] recursive %}{{ x }}{{ loop.depth }}{{ loop([x - 1, x - 2]) if x > 1 }}{% endfor %}"
+    assert chat.render(tree, USER) == "3122130312"
+    macro = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% else %}x{% endif %}{% endmacro %}{{ f(10) | length }}"
+    for _ in range(2):  # each rendering counts anew
+        assert chat.render(macro, USER) == "1024"
 
 
 @pytest.mark.parametrize(
