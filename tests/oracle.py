@@ -4,6 +4,8 @@ import numpy as np
 
 EPS = 2.0**-24  # half a unit in the last place of float32 at 1
 DTYPES = ("float32", "float16", "bfloat16")
+SCALED = ("fp8_e4m3", "fp8_e5m2", "int8")  # one byte and a scale: csrc/base/codes.h
+BLOCK = 16  # tokens that share a scale
 
 
 def encode(x, dtype):
@@ -25,6 +27,46 @@ def decode(codes, dtype):
     if dtype == "float16":
         return codes.view(np.float16).astype(np.float32)
     return (codes.astype(np.uint32) << 16).view(np.float32)
+
+
+def code_values(dtype):
+    """What each of the 256 codes of a one-byte type means, without its scale. A NaN code is NaN; e5m2's infinities are never written."""
+    code = np.arange(256)
+    if dtype == "int8":
+        return code.astype(np.uint8).view(np.int8).astype(np.float64)
+    mantissa, bias = {"fp8_e4m3": (3, 7), "fp8_e5m2": (2, 15)}[dtype]
+    exponent, fraction = (code & 127) >> mantissa, code & ((1 << mantissa) - 1)
+    magnitude = np.where(exponent > 0, fraction + (1 << mantissa), fraction) * 2.0 ** (np.maximum(exponent, 1) - bias - mantissa)
+    magnitude = np.where((code & 127) > {"fp8_e4m3": 0x7E, "fp8_e5m2": 0x7B}[dtype], np.nan, magnitude)
+    return np.where(code < 128, magnitude, -magnitude)
+
+
+def block_scale(largest, dtype):
+    """The scale for values up to `largest`: float32, of any shape. NaN for NaN and infinity."""
+    largest = np.asarray(largest, np.float64)
+    if dtype == "int8":
+        scale = np.maximum(largest.astype(np.float32) / np.float32(127), np.float32(2.0**-126))
+    else:
+        top = np.nanmax(code_values(dtype))
+        with np.errstate(invalid="ignore"):
+            mantissa, exponent = np.frexp(largest / top)  # in [0.5, 1) * 2^exponent
+        scale = np.where(largest == 0, 0, np.ldexp(1.0, np.where(mantissa == 0.5, exponent - 1, exponent)))
+    return np.where(np.isfinite(largest), np.maximum(scale, 2.0**-126), np.nan).astype(np.float32)
+
+
+def encode_scaled(x, scale, dtype):
+    """The nearest codes, ties to even, saturating, of float32 values under float32 scales. NaN codes: 0x7F (int8: 0)."""
+    with np.errstate(all="ignore"):
+        x = x.astype(np.float32) / scale.astype(np.float32)
+    values = code_values(dtype)
+    if dtype == "int8":
+        return np.where(np.isnan(x), 0, np.rint(np.clip(x, -127, 127))).astype(np.int8).view(np.uint8)
+    finite = values[:128][np.isfinite(values[:128])]
+    middle = (finite[:-1] + finite[1:]) / 2
+    magnitude = np.abs(x).astype(np.float64)
+    below, above = np.searchsorted(middle, magnitude, "left"), np.searchsorted(middle, magnitude, "right")  # they differ at a tie
+    code = np.where(below % 2 == 0, below, above) | np.where(np.signbit(x), 0x80, 0)
+    return np.where(np.isnan(x), 0x7F, code).astype(np.uint8)
 
 
 def embed(ids, table, dtype):
@@ -72,6 +114,16 @@ def attention(q, k, v, pos, scale, window=0):
     return out, EPS * (1 + worst) * np.einsum("hmt,thd->mhd", p, np.abs(v))
 
 
+def attention_buffered(q, coded, own, pos, scale, window=0):
+    """attention() where a row reads the block of 16 of its own position from `own` (k, v), all earlier positions from `coded` (k, v)."""
+    parts, end = [], pos + len(q)
+    for begin in range(pos // BLOCK * BLOCK, end, BLOCK):
+        first, stop = max(begin, pos), min(begin + BLOCK, end)
+        k, v = (np.concatenate([a[:begin], b[begin:stop]]) for a, b in zip(coded, own, strict=True))
+        parts.append(attention(q[first - pos : stop - pos], k, v, first, scale, window))
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
 class Pages:
     """A cache of whole pages as csrc/base/formats.h lays them out, poisoned with NaN until written."""
 
@@ -105,6 +157,80 @@ class Pages:
     def where(self):
         """Arguments of rope_append and attention that describe the cache."""
         return {"cache": self.data, "dtype": self.dtype, "page_size": self.page_size, "n_layers": self.n_layers}
+
+
+class CodedPages(Pages):
+    """Pages of one-byte codes and scales. Rows are given from position 0 on, for what a block's codes are depends on all of its rows."""
+
+    def __init__(self, n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype):
+        self.made = n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype
+        self.shape = n_layers, 2, n_kv_heads, page_size, head_dim
+        self.n_layers, self.n_kv_heads, self.head_dim, self.page_size, self.dtype = self.made[1:]
+        self.element = np.dtype(np.uint8)
+        self.used = int(np.prod(self.shape))
+        self.scale_shape = n_layers, n_kv_heads, 2, page_size // BLOCK
+        self.page_bytes = -(-(self.used + 4 * int(np.prod(self.scale_shape))) // 64) * 64
+        self.data = np.full(n_pages * self.page_bytes, 0xFF, np.uint8)
+        self.tail_shape = n_layers, 2, n_kv_heads, BLOCK, head_dim
+
+    def scales(self, number):
+        """Scales of a page, [layer, kv_head, k|v, block], writable."""
+        start = number * self.page_bytes + self.used
+        return self.data[start : start + 4 * int(np.prod(self.scale_shape))].view(np.float32).reshape(self.scale_shape)
+
+    def blank(self):
+        """A cache of the same shape, all poison."""
+        return CodedPages(*self.made)
+
+    def new_tail(self, blocks=0):
+        """A poisoned tail, uint16 [layer, k|v, kv_head, 16, head_dim]; with `blocks`: of so many layers."""
+        return np.full((blocks or self.n_layers, *self.tail_shape[1:]), 0xFFFF, np.uint16)
+
+    def block(self, table, layer, which, position):
+        """Codes [kv_head, 16, head_dim] of the block of a position, and a view [kv_head] of its scales."""
+        page, at = table[position // self.page_size], position % self.page_size // BLOCK
+        return self.page(page)[layer, which, :, at * BLOCK : (at + 1) * BLOCK], self.scales(page)[layer, :, which, at]
+
+    def write(self, table, layer, k, v):
+        """k, v [tokens, kv_heads, d]: every whole block as a cache with a write buffer quantises it. The rest is the tail's."""
+        for which, rows in enumerate((k, v)):
+            rows = decode(encode(rows, "bfloat16"), "bfloat16").transpose(1, 0, 2)
+            for begin in range(0, rows.shape[1] - BLOCK + 1, BLOCK):
+                values = rows[:, begin : begin + BLOCK]
+                codes, scales = self.block(table, layer, which, begin)
+                scales[:] = block_scale(np.abs(values).max((1, 2)), self.dtype)
+                codes[:] = encode_scaled(values, scales[:, None, None], self.dtype)
+
+    def write_widened(self, table, layer, k, v):
+        """k, v [tokens, kv_heads, d]: each row quantised at once; one larger than those before it in its block rescales their codes."""
+        n = len(k)
+        for which, rows in enumerate((k, v)):
+            padded = np.zeros((-(-n // BLOCK) * BLOCK, *k.shape[1:]), np.float32)
+            padded[:n] = decode(encode(rows, "bfloat16"), "bfloat16")
+            rows = padded.reshape(-1, BLOCK, *k.shape[1:]).transpose(1, 0, 2, 3)  # [16, block, head, d]: all blocks and heads at once
+            codes, scales = np.zeros(rows.shape, np.uint8), np.zeros(rows.shape[1:3], np.float32)
+            for at in range(min(BLOCK, n)):
+                own = block_scale(np.abs(rows[at]).max(-1), self.dtype)
+                wider = (own > scales) | np.isnan(own) | (at == 0)
+                wider[-1] &= (len(scales) - 1) * BLOCK + at < n  # the last block may end here
+                if at:
+                    old = (code_values(self.dtype)[codes[:at]] * scales[..., None]).astype(np.float32)
+                    codes[:at] = np.where(wider[..., None], encode_scaled(old, own[..., None], self.dtype), codes[:at])
+                scales = np.where(wider, own, scales)
+                codes[at] = encode_scaled(rows[at], scales[..., None], self.dtype)
+            for begin in range(0, n, BLOCK):
+                place, place_scales = self.block(table, layer, which, begin)
+                place[:, : n - begin] = codes[: n - begin, begin // BLOCK].transpose(1, 0, 2)
+                place_scales[:] = scales[begin // BLOCK]
+
+    def read(self, table, layer, tokens):
+        """(k, v) as float64, [tokens, kv_heads, d]."""
+        values, result = code_values(self.dtype), []
+        for which in (0, 1):
+            blocks = [self.block(table, layer, which, t) for t in range(0, tokens, BLOCK)]
+            rows = [values[codes] * scales.astype(np.float64)[:, None, None] for codes, scales in blocks]
+            result.append(np.concatenate([r.transpose(1, 0, 2) for r in rows])[:tokens])
+        return tuple(result)
 
 
 def assert_close(found, expected, bound):

@@ -33,7 +33,8 @@ static inline uint8_t lco_encode_float8(float a, int mantissa, int bias, float l
     const uint32_t magic = (uint32_t)(127 + 1 - bias - mantissa + 23) << 23;
     const uint32_t small = lco_float_bits(magnitude + lco_float_of_bits(magic)) - magic;
     const uint32_t code = u < (uint32_t)(127 + 1 - bias) << 23 ? small : normal;
-    return (uint8_t)(sign | (magnitude_bits > 0x7F800000u ? 0x7Fu : code));
+    return (uint8_t)(magnitude_bits > 0x7F800000u ? 0x7Fu
+                                                  : sign | code); /* one NaN: the sign of a computed one is the processor's affair */
 }
 
 static inline uint8_t lco_encode_e4m3(float a) { return lco_encode_float8(a, 3, 7, 448.0f); }
@@ -68,7 +69,7 @@ static inline float lco_block_scale(float largest, lco_dtype dtype)
     if (!(largest < INFINITY))
         return NAN;
     if (largest == 0)
-        return 1;
+        return 0x1p-126f; /* anything that joins the block later widens it */
     if (dtype == LCO_I8)
         return largest / 127.0f > 0x1p-126f ? largest / 127.0f : 0x1p-126f;
     const uint32_t u = lco_float_bits(largest);

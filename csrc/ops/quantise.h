@@ -57,7 +57,7 @@ static void widen_block(const lco_rope_append_args *a, const lco_item *item, int
         const float own = lco_block_scale(lco_largest_bf16(row, d), kv->dtype);
         if (t == start) {
             *scale = own;
-        } else if (!(own <= *scale)) {
+        } else if (!(own <= *scale) && !isnan(*scale)) { /* a NaN stays */
             for (int64_t j = 0; j < (t - start) * d; j++)
                 codes[j] = lco_encode(lco_decode(codes[j], kv->dtype) * *scale / own, kv->dtype);
             *scale = own;

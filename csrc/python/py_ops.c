@@ -403,8 +403,12 @@ static bool take_item(bag *b, cache_call *c, PyObject *object, int64_t m)
             return false;
     lco_item *item = &c->items[c->n_items++];
     *item = (lco_item){.table = table, .row = row, .len = len, .pos = pos, .rope_length = pos + len, .prompt = prompt};
-    if (!lco_dtype_scaled(c->kv.dtype) || own_o == NULL)
-        return check(!c->kv.buffered, "the fields of an item", 5, "8, as in the other items");
+    const bool buffered = lco_dtype_scaled(c->kv.dtype) && own_o != NULL;
+    if (c->n_items > 1 &&
+        !check(buffered == c->kv.buffered, "the fields of an item", PyTuple_Size(object), "as many as the other items have"))
+        return false;
+    if (!buffered)
+        return true;
     c->kv.buffered = true;
     return (item->tail = take_tail(b, c, tail_o, "tail", c->kv.n_layers)) != NULL &&
            (item->next_tail = take_tail(b, c, next_o, "next_tail", c->kv.n_layers)) != NULL &&
