@@ -10,7 +10,8 @@
  * Encoding rounds to the nearest, ties to even, keeps subnormals and -0, and saturates at the largest finite value; NaN becomes NaN (int8: 0).
  *
  * The scale of a block is a power of two for the floating types, the smallest that brings the block's largest magnitude within range: float codes
- * lose nothing by it (their precision is relative), decoded values are exact in bfloat16, and encoding decoded values again gives the same codes. int8
+ * lose nothing by it (their precision is relative), decoded values are exact in bfloat16, and encoding decoded values again gives the same
+ * values (the same codes under the same scale). int8
  * is uniform, so its scale is the largest magnitude / 127. A block that holds a NaN or an infinity gets a NaN as its scale: whoever reads it
  * learns that. */
 #ifndef LCO_BASE_CODES_H

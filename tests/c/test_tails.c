@@ -1,0 +1,289 @@
+/* Caches with a write buffer against a plain model: what every sequence's pages and tail hold, whatever was forked, cut, held or given up. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "../../csrc/base/codes.h"
+#include "../../csrc/kv/kv.h"
+#include "harness.h"
+
+enum { LAYERS = 2, HEADS = 2, DIM = 2, RUNS = LAYERS * 2 * HEADS, ELEMENTS = RUNS * DIM, MOST_SEQS = 8, MOST_TOKENS = 208 };
+
+/* The model of a sequence: its 16-bit elements as they are or, where a quantised block came back to the tail, as they came back. */
+typedef struct {
+    lco_seq *seq;
+    uint16_t rows[MOST_TOKENS][ELEMENTS];
+    int64_t n;
+    uint16_t held[LCO_KV_BLOCK][ELEMENTS];
+    int64_t held_length;
+} mirror;
+
+static lco_kv_options options_of(lco_dtype dtype, int64_t tokens)
+{
+    return (lco_kv_options){.n_layers = LAYERS,
+                            .n_kv_heads = HEADS,
+                            .head_dim = DIM,
+                            .dtype = dtype,
+                            .page_size = 32,
+                            .write_buffer = true,
+                            .max_tokens = tokens};
+}
+
+/* Run r of a block of rows, [16][DIM]: its values of one layer, K or V, and head. */
+static void run_of(const uint16_t rows[][ELEMENTS], int run, uint16_t out[LCO_KV_BLOCK * DIM])
+{
+    for (int t = 0; t < LCO_KV_BLOCK; t++)
+        memcpy(out + t * DIM, rows[t] + run * DIM, DIM * sizeof *out);
+}
+
+static uint8_t *codes_at(const lco_kv_view *view, const lco_seq *seq, int64_t block, int run, float **scale)
+{
+    const int64_t page = lco_seq_table(seq)[block * LCO_KV_BLOCK / view->page_size], at = block % (view->page_size / LCO_KV_BLOCK);
+    const int layer = run / (2 * HEADS), which = run / HEADS % 2, head = run % HEADS;
+    *scale = lco_kv_scales(view, page, layer, which, head) + at;
+    return lco_kv_codes(view, page, layer, which, head) + at * LCO_KV_BLOCK * DIM;
+}
+
+static uint16_t *tail_at(const lco_kv_view *view, uint8_t *tail, int run)
+{
+    return lco_tail_rows(view, tail + (size_t)(run / (2 * HEADS)) * lco_tail_bytes(view), run / HEADS % 2, run % HEADS);
+}
+
+/* What rope_append does with rows [from, to) of the model: whole blocks to the page, the unfinished one to the tail it belongs to. */
+static void write_rows(const lco_kv *kv, const mirror *m, int64_t from, int64_t to)
+{
+    const lco_kv_view view = lco_kv_get_view(kv);
+    for (int64_t block = from / LCO_KV_BLOCK; block * LCO_KV_BLOCK < to; block++) {
+        const int64_t start = block * LCO_KV_BLOCK, first = start > from ? start : from;
+        uint8_t *tail = block == from / LCO_KV_BLOCK ? lco_seq_tail(m->seq) : lco_seq_next_tail(m->seq);
+        for (int run = 0; run < RUNS; run++) {
+            if (to >= start + LCO_KV_BLOCK) {
+                uint16_t values[LCO_KV_BLOCK * DIM];
+                float *scale;
+                uint8_t *codes = codes_at(&view, m->seq, block, run, &scale);
+                run_of(&m->rows[start], run, values);
+                lco_encode_block(codes, scale, values, LCO_KV_BLOCK * DIM, view.dtype);
+                continue;
+            }
+            for (int64_t t = first; t < to; t++)
+                memcpy(tail_at(&view, tail, run) + (t - start) * DIM, m->rows[t] + run * DIM, DIM * sizeof(uint16_t));
+        }
+    }
+}
+
+static int64_t differences(const lco_kv *kv, const mirror *m)
+{
+    const lco_kv_view view = lco_kv_get_view(kv);
+    int64_t wrong = 0;
+    for (int run = 0; run < RUNS; run++) {
+        for (int64_t block = 0; block < m->n / LCO_KV_BLOCK; block++) {
+            uint16_t values[LCO_KV_BLOCK * DIM];
+            uint8_t codes[LCO_KV_BLOCK * DIM];
+            float scale, *found_scale;
+            const uint8_t *found = codes_at(&view, m->seq, block, run, &found_scale);
+            run_of(&m->rows[block * LCO_KV_BLOCK], run, values);
+            lco_encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, view.dtype);
+            wrong += memcmp(codes, found, sizeof codes) != 0 || scale != *found_scale;
+        }
+        for (int64_t t = m->n / LCO_KV_BLOCK * LCO_KV_BLOCK; t < m->n; t++)
+            wrong += memcmp(tail_at(&view, lco_seq_tail(m->seq), run) + t % LCO_KV_BLOCK * DIM, m->rows[t] + run * DIM,
+                            DIM * sizeof(uint16_t)) != 0;
+    }
+    return wrong;
+}
+
+static void new_rows(mirror *m, int64_t from, int64_t to, stream *s)
+{
+    for (int64_t t = from; t < to; t++)
+        for (int i = 0; i < ELEMENTS; i++)
+            m->rows[t][i] = lco_f32_to_bf16((float)((stream_uniform(s) - 0.5) * exp2(20 * stream_uniform(s) - 10)));
+}
+
+static bool append(lco_kv *kv, mirror *m, int64_t count, stream *s)
+{
+    lco_error err;
+    const lco_status status = lco_seq_reserve(m->seq, count, &err);
+    CHECK(status == LCO_OK || status == LCO_EPAGES, "%s", err.text);
+    if (status != LCO_OK)
+        return false;
+    new_rows(m, m->n, m->n + count, s);
+    write_rows(kv, m, m->n, m->n + count);
+    lco_seq_commit(m->seq, count);
+    m->n += count;
+    return true;
+}
+
+/* A step that writes its rows and then fails. */
+static void fail(lco_kv *kv, mirror *m, int64_t count, stream *s)
+{
+    static mirror copy;
+    lco_error err;
+    copy = *m;
+    if (lco_seq_reserve(m->seq, count, &err) == LCO_OK) {
+        new_rows(&copy, m->n, m->n + count, s);
+        write_rows(kv, &copy, m->n, m->n + count);
+    }
+    CHECK_OK(lco_seq_truncate(m->seq, m->n, &check_err));
+}
+
+static void hold(mirror *m)
+{
+    CHECK_OK(lco_seq_hold(m->seq, &check_err));
+    if (m->n % LCO_KV_BLOCK == 0)
+        return;
+    m->held_length = m->n;
+    memcpy(m->held, m->rows[m->n / LCO_KV_BLOCK * LCO_KV_BLOCK], sizeof m->held);
+}
+
+static void cut(mirror *m, int64_t length, lco_dtype dtype)
+{
+    const int64_t block = length / LCO_KV_BLOCK, start = block * LCO_KV_BLOCK;
+    const bool held = length <= m->held_length && block == m->held_length / LCO_KV_BLOCK;
+    if (length % LCO_KV_BLOCK != 0 && block < m->n / LCO_KV_BLOCK && held) {
+        memcpy(m->rows[start], m->held, sizeof m->held);
+    } else if (length % LCO_KV_BLOCK != 0 && block < m->n / LCO_KV_BLOCK) {
+        for (int run = 0; run < RUNS; run++) {
+            uint16_t values[LCO_KV_BLOCK * DIM];
+            uint8_t codes[LCO_KV_BLOCK * DIM];
+            float scale;
+            run_of(&m->rows[start], run, values);
+            lco_encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, dtype);
+            for (int64_t i = 0; i < LCO_KV_BLOCK * DIM; i++)
+                m->rows[start + i / DIM][run * DIM + i % DIM] = lco_f32_to_bf16(lco_decode(codes[i], dtype) * scale);
+        }
+    }
+    if (length < m->held_length)
+        m->held_length = 0;
+    m->n = length;
+    CHECK_OK(lco_seq_truncate(m->seq, length, &check_err));
+}
+
+static void random_operations(lco_dtype dtype)
+{
+    const lco_kv_options options = options_of(dtype, 32 * 12);
+    static mirror mirrors[MOST_SEQS];
+    lco_kv *kv;
+    CHECK_OK(lco_kv_create(&options, &kv, &check_err));
+    int n = 0, refused = 0;
+    stream s = {.seed = 30 + dtype};
+    for (int step = 0; step < 2500 && harness_failures < 5; step++) {
+        const int64_t kind = stream_below(&s, 100);
+        mirror *m = n > 0 ? &mirrors[stream_below(&s, n)] : NULL;
+        if (m == NULL || (kind < 6 && n < MOST_SEQS)) {
+            mirrors[n] = (mirror){0};
+            CHECK_OK(lco_seq_create(kv, &mirrors[n++].seq, &check_err));
+        } else if (kind < 16 && n < MOST_SEQS) {
+            mirrors[n] = *m;
+            mirrors[n].held_length = 0;
+            CHECK_OK(lco_seq_fork(m->seq, &mirrors[n++].seq, &check_err));
+        } else if (kind < 20) {
+            lco_seq_destroy(m->seq);
+            *m = mirrors[--n];
+        } else if (kind < 30) {
+            cut(m, stream_below(&s, m->n + 1), dtype);
+        } else if (kind < 40) {
+            cut(m, m->held_length > 0 ? m->held_length : m->n, dtype);
+        } else if (kind < 50) {
+            hold(m);
+        } else {
+            const int64_t count = kind < 70 ? 1 : 1 + stream_below(&s, 40);
+            if (m->n + count <= MOST_TOKENS && kind % 4 == 0)
+                fail(kv, m, count, &s);
+            else if (m->n + count <= MOST_TOKENS)
+                refused += !append(kv, m, count, &s);
+        }
+        CHECK_OK(lco_kv_check(kv, &check_err));
+        for (int i = 0; i < n; i++)
+            CHECK(lco_seq_length(mirrors[i].seq) == mirrors[i].n && differences(kv, &mirrors[i]) == 0,
+                  "type %d, step %d, operation %lld: %lld runs of sequence %d of %lld tokens differ", dtype, step, (long long)kind,
+                  (long long)differences(kv, &mirrors[i]), i, (long long)mirrors[i].n);
+    }
+    CHECK(refused > 5 && lco_kv_get_stats(kv).pages_copied > 10, "%d refused, %lld copies: too tame", refused,
+          (long long)lco_kv_get_stats(kv).pages_copied);
+    while (n > 0)
+        lco_seq_destroy(mirrors[--n].seq);
+    CHECK(lco_kv_get_stats(kv).tail_bytes == 0, "%lld", (long long)lco_kv_get_stats(kv).tail_bytes);
+    lco_kv_destroy(kv);
+}
+
+static void random_operations_match_a_plain_model(void)
+{
+    for (lco_dtype dtype = LCO_F8_E4M3; dtype <= LCO_I8; dtype++)
+        random_operations(dtype);
+}
+
+/* Counters, and that the two tails are two. */
+static void tails_are_counted(void)
+{
+    const lco_kv_options options = options_of(LCO_I8, 320);
+    static mirror m;
+    lco_kv *kv;
+    lco_seq *fork;
+    stream s = {.seed = 2};
+    CHECK_OK(lco_kv_create(&options, &kv, &check_err));
+    const lco_kv_view view = lco_kv_get_view(kv);
+    const size_t bytes = lco_tail_bytes(&view) * LAYERS;
+    m = (mirror){0};
+    CHECK_OK(lco_seq_create(kv, &m.seq, &check_err));
+    CHECK(lco_seq_tail(m.seq) == NULL && lco_seq_next_tail(m.seq) == NULL, "a tail before the first reserve");
+    CHECK_OK(lco_seq_hold(m.seq, &check_err));
+    for (int64_t n = 1; n <= 50; n++) {
+        uint8_t *tail = lco_seq_tail(m.seq);
+        append(kv, &m, 1, &s);
+        CHECK(tail == NULL || (lco_seq_tail(m.seq) != tail) == (n % LCO_KV_BLOCK == 0), "token %lld", (long long)n);
+        CHECK(llabs(lco_seq_tail(m.seq) - lco_seq_next_tail(m.seq)) == (int64_t)bytes, "the tails overlap");
+        CHECK(lco_kv_get_stats(kv).blocks_quantised == n / LCO_KV_BLOCK, "token %lld", (long long)n);
+    }
+    CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(2 * bytes), "%lld", (long long)lco_kv_get_stats(kv).tail_bytes);
+    CHECK_OK(lco_seq_fork(m.seq, &fork, &check_err));
+    CHECK(lco_seq_tail(fork) != lco_seq_tail(m.seq), "a tail is shared");
+    CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(4 * bytes), "%lld", (long long)lco_kv_get_stats(kv).tail_bytes);
+    lco_kv_destroy(kv);
+}
+
+static void a_write_buffer_is_for_one_byte_codes(void)
+{
+    for (lco_dtype dtype = LCO_F32; dtype <= LCO_BF16; dtype++) {
+        const lco_kv_options options = options_of(dtype, 32);
+        lco_error err;
+        lco_kv *kv;
+        CHECK_ERROR(lco_kv_create(&options, &kv, &err), LCO_EINVAL, &err, "write buffer|one-byte");
+    }
+}
+
+static void allocations_may_fail(void)
+{
+    for (int64_t n = 1;; n++) {
+        const int64_t live = lco_mem_live();
+        const lco_kv_options options = options_of(LCO_F8_E5M2, 640);
+        lco_error err;
+        lco_seq *a = NULL, *b = NULL;
+        lco_kv *kv = NULL;
+        lco_mem_fail_at(n);
+        lco_status status = lco_kv_create(&options, &kv, &err);
+        if (status == LCO_OK && (status = lco_seq_create(kv, &a, &err)) == LCO_OK && (status = lco_seq_reserve(a, 40, &err)) == LCO_OK) {
+            lco_seq_commit(a, 39);
+            if ((status = lco_seq_hold(a, &err)) == LCO_OK && (status = lco_seq_fork(a, &b, &err)) == LCO_OK)
+                status = lco_seq_reserve(b, 60, &err);
+        }
+        const bool untouched = lco_mem_fail_at(0) > 0;
+        if (kv != NULL)
+            CHECK_OK(lco_kv_check(kv, &check_err));
+        CHECK((status == LCO_OK) == untouched, "allocation %lld: status %d", (long long)n, status);
+        lco_kv_destroy(kv);
+        CHECK(lco_mem_live() == live, "allocation %lld leaves %lld blocks", (long long)n, (long long)(lco_mem_live() - live));
+        if (untouched)
+            break;
+        CHECK_ERROR(status, LCO_ENOMEM, &err, "out of memory");
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const test_case tests[] = {
+        TEST(random_operations_match_a_plain_model),
+        TEST(tails_are_counted),
+        TEST(a_write_buffer_is_for_one_byte_codes),
+        TEST(allocations_may_fail),
+    };
+    return RUN_ALL(tests, argc, argv);
+}
