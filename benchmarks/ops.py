@@ -110,9 +110,7 @@ class Bench:
 
     def caches(self, shape: Shape, tokens: int, dtype: str) -> Iterator[np.ndarray]:
         """Caches of one layer and sequence, each at another place of the memory (one cache of all of it when that is smaller)."""
-        scales = 2 * shape.kv_heads * PAGE // 16 * 4 if SIZE[dtype] == 1 else 0  # read from the noise too: bfloat16 noise is float32 noise
-        page = -(-(2 * PAGE * shape.kv_heads * shape.head_dim * SIZE[dtype] + scales) // 64) * 64
-        pool = self.memory.view(np.uint8)
+        pool, page = self.memory.view(np.uint8), page_bytes(shape, dtype)
         size = min(-(-tokens // PAGE), len(pool) // page) * page
         return itertools.cycle([pool[i * size : (i + 1) * size] for i in range(max(1, len(pool) // size))])
 
@@ -120,8 +118,7 @@ class Bench:
         """rope_append and attention of one sequence: m prompt rows after `context` tokens, or one decode row when m is 1."""
         h, g, d, tokens = shape.heads, shape.kv_heads, shape.head_dim, context + m
         where = {"dtype": dtype, "page_size": PAGE, "n_layers": 1, "layer": 0}
-        page_bytes = 2 * PAGE * g * d * SIZE[dtype]  # without scales: at most so many fit
-        table = np.arange(-(-tokens // PAGE)) % (ROTATE_BYTES // (page_bytes + page_bytes // 32))
+        table = np.arange(-(-tokens // PAGE)) % (ROTATE_BYTES // page_bytes(shape, dtype))
         item = (table.astype(np.int32), 0, m, context, m > 1)
         if SIZE[dtype] == 1:  # the blocks that the rows are in, in 16 bit
             tail = [np.zeros(blocks * 2 * 2 * 16 * g * d, np.uint8) for blocks in (1, 1, m // 16 + 2)]
@@ -165,6 +162,12 @@ class Bench:
         for case in itertools.chain.from_iterable(every):
             if case.op in ops:
                 yield case
+
+
+def page_bytes(shape: Shape, dtype: str) -> int:
+    """Bytes of a cache page of one layer. Scales are read from the noise too: bfloat16 noise is float32 noise."""
+    scales = 2 * shape.kv_heads * PAGE // 16 * 4 if SIZE[dtype] == 1 else 0
+    return -(-(2 * PAGE * shape.kv_heads * shape.head_dim * SIZE[dtype] + scales) // 64) * 64
 
 
 def measure(call: Callable[[], None], seconds: float, clock: Callable[[], float]) -> float:

@@ -95,7 +95,7 @@ class Model:
         if start + n > self.config.max_positions:
             raise ArgumentError(f"ids: {n} tokens after {start} held make {start + n}, the model's context is {self.config.max_positions}")
         logits = np.empty(vocab if last_only else (n, vocab), dtype=np.float32)
-        sequence._core.hold()
+        sequence._core.hold(n)
         try:
             for at in range(0, n, CHUNK):
                 part = ids[at : at + CHUNK]
@@ -110,7 +110,8 @@ class Model:
     __call__ = forward
 
     def generate(self, input_ids, **options):
-        """Generates for a batch of prompts of any lengths, all in one running batch. See `llmcoopt.generation.generate_batch`."""
+        """Generates for a batch of prompts of any lengths, all in one running batch; `tokenizer=` gives texts and allows `stop_strings=`.
+        See `llmcoopt.generation.generate_batch`."""
         from .generation import generate_batch
 
         return generate_batch(self, input_ids, **options)

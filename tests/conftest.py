@@ -24,6 +24,22 @@ def data():
     return Path(folder)
 
 
+@pytest.fixture(scope="module")
+def model():
+    """The embedded model. Test files with a model of their own define a fixture of this name."""
+    import llmcoopt
+
+    return llmcoopt.Model.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The embedded model's."""
+    import llmcoopt
+
+    return llmcoopt.Tokenizer.from_pretrained("tiny")
+
+
 def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
         import llmcoopt

@@ -76,7 +76,8 @@ static inline float lco_block_scale(float largest, lco_dtype dtype)
     const uint32_t u = lco_float_bits(largest);
     const int top = dtype == LCO_F8_E4M3 ? 8 : 15; /* both types end at 1.75 * 2^top */
     const int exponent = (int)(u >> 23) - top + ((u & 0x7FFFFFu) > 0x600000u);
-    return lco_float_of_bits((uint32_t)(exponent > 1 ? exponent : 1) << 23);
+    const int most = 254 - top; /* codes times more than that pass the largest float32: the last bit of its range saturates */
+    return lco_float_of_bits((uint32_t)(exponent < 1 ? 1 : exponent < most ? exponent : most) << 23);
 }
 
 /* n bfloat16 values -> codes under a scale; every code is NaN's when the scale is NaN. */

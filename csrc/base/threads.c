@@ -145,14 +145,16 @@ int lco_cpu_count(void)
     return n > 0 ? (int)n : 1;
 }
 
-lco_status lco_pool_check(const lco_pool *pool, lco_error *err)
+lco_status lco_pool_check(const lco_pool *pool, lco_error *err) { return lco_owner_check(pool->owner, err); }
+
+lco_status lco_owner_check(pid_t owner, lco_error *err)
 {
-    if (pool->owner == getpid())
+    if (owner == getpid())
         return LCO_OK;
     return lco_fail(err, LCO_EFORK,
                     "this model was loaded in process %ld and is used in process %ld: its threads do not exist after fork(); "
                     "load the model in the child process (or start it with the 'spawn' method)",
-                    (long)pool->owner, (long)getpid());
+                    (long)owner, (long)getpid());
 }
 
 static void stop_workers(lco_pool *pool, int n)

@@ -10,6 +10,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "status.h"
 
@@ -28,6 +29,7 @@ void lco_pool_for(lco_pool *pool, int64_t n, int64_t grain, lco_task fn, void *c
 
 /* LCO_EFORK, with a message, in a child process made after the pool (its workers do not exist there). */
 lco_status lco_pool_check(const lco_pool *pool, lco_error *err);
+lco_status lco_owner_check(pid_t owner, lco_error *err); /* the same for anything made by process `owner` */
 
 int lco_cpu_count(void); /* CPUs this process may run on */
 

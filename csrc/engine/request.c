@@ -132,7 +132,7 @@ lco_status lco_job_create(lco_engine *engine, const lco_request *request, lco_jo
         job->owns_seq = true;
     }
     job->base = lco_seq_length(job->seq);
-    if ((status = lco_seq_hold(job->seq, err)) != LCO_OK)
+    if ((status = lco_seq_hold(job->seq, job->n_prompt + job->max_new, err)) != LCO_OK)
         goto fail;
     *out = job;
     return LCO_OK;

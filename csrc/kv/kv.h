@@ -57,9 +57,10 @@ lco_kv *lco_seq_cache(const lco_seq *seq);
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
 void lco_seq_commit(lco_seq *seq, int64_t n); /* n reserved tokens were written: the length grows */
-/* Remembers the block being filled, so that truncating to this length again, or to less in this block, is exact whatever is appended meanwhile.
+/* Before `n` tokens come: remembers the block being filled unless they stay in it, so that truncating to this length again, or to less in this
+ * block, is exact whatever is appended meanwhile.
  * One place is remembered, the last. */
-lco_status lco_seq_hold(lco_seq *seq, lco_error *err);
+lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err);
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length,
                             lco_error *err); /* keeps [0, length), returns pages past it. A block that was quantised already and is
                                                                             * filled again later comes back to the tail as its codes say. */

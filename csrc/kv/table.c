@@ -177,10 +177,10 @@ static void reload_tail(lco_seq *seq, int64_t block, int64_t n)
     }
 }
 
-lco_status lco_seq_hold(lco_seq *seq, lco_error *err)
+lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err)
 {
     const size_t bytes = lco_kv_tail_bytes(seq->kv);
-    if (seq->tails == NULL || seq->length % LCO_KV_BLOCK == 0)
+    if (seq->tails == NULL || seq->length % LCO_KV_BLOCK == 0 || n < LCO_KV_BLOCK - seq->length % LCO_KV_BLOCK)
         return LCO_OK;
     if (seq->held == NULL && (seq->held = lco_alloc(bytes)) == NULL)
         return lco_fail(err, LCO_ENOMEM, "out of memory for a copy of the write buffer of a sequence (%zu bytes)", bytes);

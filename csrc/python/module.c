@@ -2,7 +2,6 @@
 #include "module.h"
 
 #include <string.h>
-#include <unistd.h>
 
 #include "py_dequant.h"
 #include "py_ops.h"
@@ -21,19 +20,9 @@ PyObject *lco_py_raise(PyObject *self, const lco_error *err)
     return NULL;
 }
 
-lco_status lco_py_owner_check(const model_object *model, lco_error *err)
-{
-    if (model->owner == getpid())
-        return LCO_OK;
-    return lco_fail(err, LCO_EFORK,
-                    "this model was loaded in process %ld and is used in process %ld: its threads do not exist after fork(); "
-                    "load the model in the child process (or start it with the 'spawn' method)",
-                    (long)model->owner, (long)getpid());
-}
-
 lco_status lco_py_lock_nogil(model_object *model, lco_error *err)
 {
-    lco_status status = lco_py_owner_check(model, err);
+    lco_status status = lco_owner_check(model->owner, err);
     if (status == LCO_OK)
         PyThread_acquire_lock(model->lock, WAIT_LOCK);
     return status;

@@ -62,9 +62,7 @@ lco_seq *lco_py_sequence_nogil(sequence_object *self, lco_error *err);
 
 void lco_py_cache_release(cache_object *self); /* closes it */
 
-/* LCO_EFORK in another process than the one that made the model. */
-lco_status lco_py_owner_check(const model_object *model, lco_error *err);
-lco_status lco_py_lock_nogil(model_object *model, lco_error *err); /* not taken when it fails */
+lco_status lco_py_lock_nogil(model_object *model, lco_error *err); /* not taken when it fails: LCO_EFORK */
 void lco_py_unlock_nogil(model_object *model);
 
 /* Runs `statement` under the model's lock when `open` is true, which loads the handles (rule 2 above) and writes `err` when one of them is NULL.

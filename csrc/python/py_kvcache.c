@@ -58,7 +58,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     lco_kv *kv;
     Py_INCREF(model);
     self->model = (model_object *)model;
-    if (lco_py_owner_check(owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
+    if (lco_owner_check(owner->owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
         lco_kv_create(&options, &kv, &err) == LCO_OK) {
         self->kv = kv;
         return (PyObject *)self;
@@ -88,7 +88,7 @@ static PyObject *cache_close(cache_object *self, PyObject *Py_UNUSED(arg))
 {
     if (self->users == 0) {
         lco_py_cache_release(self);
-    } else if (self->model->model == NULL || lco_py_owner_check(self->model, NULL) != LCO_OK) {
+    } else if (self->model->model == NULL || lco_owner_check(self->model->owner, NULL) != LCO_OK) {
         self->closing = true; /* its engines can't run any more */
     } else {
         PyErr_SetString(lco_py_state((PyObject *)self)->errors[LCO_EINVAL],
@@ -251,14 +251,17 @@ static PyObject *sequence_truncate(sequence_object *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-static PyObject *sequence_hold(sequence_object *self, PyObject *Py_UNUSED(arg))
+static PyObject *sequence_hold(sequence_object *self, PyObject *arg)
 {
+    long long n = PyLong_AsLongLong(arg);
+    if (n == -1 && PyErr_Occurred())
+        return NULL;
     if (claim(self) != 0)
         return NULL;
     lco_error err;
     lco_status status;
     lco_seq *seq;
-    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = lco_seq_hold(seq, &err));
+    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = lco_seq_hold(seq, n, &err));
     self->busy--;
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
@@ -279,7 +282,8 @@ static PyMethodDef sequence_methods[] = {
     {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS,
      "fork()\n--\n\nA second sequence that shares all pages until one of them is written."},
     {"truncate", (PyCFunction)(void (*)(void))sequence_truncate, METH_O, "truncate(length)\n--\n\nKeep the first tokens only."},
-    {"hold", (PyCFunction)(void (*)(void))sequence_hold, METH_NOARGS, "hold()\n--\n\nMake truncating to this length exact."},
+    {"hold", (PyCFunction)(void (*)(void))sequence_hold, METH_O,
+     "hold(n)\n--\n\nBefore n tokens come: make truncating to this length exact."},
     {"free", (PyCFunction)(void (*)(void))sequence_free, METH_NOARGS, "free()\n--\n\nReturn the pages."},
     {NULL, NULL, 0, NULL},
 };

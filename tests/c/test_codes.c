@@ -196,10 +196,10 @@ static void scales(void)
         for (int n = 0; n < 10000; n++)
             check_scale(k, (float)exp2(stream_uniform(&s) * 140 - 126));
         CHECK(isnan(lco_block_scale(INFINITY, k->dtype)) && isnan(lco_block_scale(NAN, k->dtype)), "%s", k->name);
-        const float none = lco_block_scale(0, k->dtype), most = lco_block_scale(3e38f, k->dtype);
+        const float none = lco_block_scale(0, k->dtype), most = lco_block_scale(0x1.FEp127f, k->dtype);
         CHECK(none > 0 && isfinite(none) && isfinite(1 / none), "%s: the scale of nothing is %a", k->name, (double)none);
-        CHECK(most > 1 && 1 / most > 0 && isfinite(lco_decode(lco_encode(3e38f / most, k->dtype), k->dtype) * most), "%s: %a for 3e38",
-              k->name, (double)most);
+        CHECK(most > 1 && 1 / most > 0 && isfinite(lco_decode(lco_encode(0x1.FEp127f / most, k->dtype), k->dtype) * most),
+              "%s: %a for the largest bfloat16", k->name, (double)most);
     }
 }
 

@@ -318,21 +318,20 @@ static void bad_options_are_refused(void)
     lco_seq_destroy(NULL);
 }
 
-static void allocations_may_fail(void)
+/* Every allocation of a cache's life fails in turn. */
+static void allocations_fail_in(const lco_kv_options *options)
 {
     for (int64_t n = 1;; n++) {
         int64_t live = lco_mem_live();
         lco_error err;
         lco_seq *a = NULL, *b = NULL;
         lco_kv *kv = NULL;
-        lco_kv_options options = {
-            .n_layers = LAYERS, .n_kv_heads = HEADS, .head_dim = DIM, .dtype = LCO_F32, .page_size = PAGE, .max_tokens = 20 * PAGE};
         lco_mem_fail_at(n);
-        lco_status status = lco_kv_create(&options, &kv, &err);
+        lco_status status = lco_kv_create(options, &kv, &err);
         if (status == LCO_OK && (status = lco_seq_create(kv, &a, &err)) == LCO_OK &&
             (status = lco_seq_reserve(a, 5 * PAGE, &err)) == LCO_OK) {
             lco_seq_commit(a, 4 * PAGE + 1);
-            if ((status = lco_seq_fork(a, &b, &err)) == LCO_OK)
+            if ((status = lco_seq_hold(a, PAGE, &err)) == LCO_OK && (status = lco_seq_fork(a, &b, &err)) == LCO_OK)
                 status = lco_seq_reserve(b, 12 * PAGE, &err);
         }
         bool untouched = lco_mem_fail_at(0) > 0;
@@ -345,6 +344,16 @@ static void allocations_may_fail(void)
             break;
         CHECK_ERROR(status, LCO_ENOMEM, &err, "out of memory");
     }
+}
+
+static void allocations_may_fail(void)
+{
+    lco_kv_options options = {
+        .n_layers = LAYERS, .n_kv_heads = HEADS, .head_dim = DIM, .dtype = LCO_F32, .page_size = PAGE, .max_tokens = 20 * PAGE};
+    allocations_fail_in(&options);
+    options.dtype = LCO_F8_E5M2;
+    options.write_buffer = true;
+    allocations_fail_in(&options);
 }
 
 int main(int argc, char **argv)

