@@ -42,6 +42,9 @@ class Sequence:
     """A sequence of a KVCache; made by KVCache.sequence() and fork()."""
 
     def length(self) -> int: ...
+    def ids(self) -> bytes:
+        """int32 ids of the tokens held."""
+
     def hold(self, n: int) -> None: ...
     def fork(self) -> Sequence: ...
     def truncate(self, length: int) -> None: ...
@@ -66,7 +69,6 @@ class Engine:
         repetition_penalty: float,
         seed: int,
         sequence: Sequence | None,
-        history: Buffer,
     ) -> int:
         """Queues a request; returns its number."""
 

@@ -43,7 +43,7 @@ class KVCache:
 
     def sequence(self) -> "Sequence":
         """A new, empty sequence."""
-        return Sequence(self, self._core.sequence(), array("i"))
+        return Sequence(self, self._core.sequence())
 
     def stats(self) -> dict:
         """Exact counters: pages_total, pages_free, pages_shared, sequences, tokens_held, page_bytes, bytes_per_token, reserved_bytes (address
@@ -92,36 +92,29 @@ class KVCache:
 class Sequence:
     """The tokens of one text in a KVCache. Made by KVCache.sequence() and Sequence.fork(); len() is the number of tokens held."""
 
-    def __init__(self, cache: KVCache, core, ids: array):
+    def __init__(self, cache: KVCache, core):
         self.cache = cache
         self._core = core
-        self._ids = ids
 
     @property
     def ids(self) -> list[int]:
         """The token ids held, in order."""
-        return self._ids.tolist()
+        return array("i", self._core.ids()).tolist()
 
     def __len__(self):
         return self._core.length()
 
     def fork(self) -> "Sequence":
         """A second sequence with the same tokens. Pages are shared until one of the two writes to them."""
-        return Sequence(self.cache, self._core.fork(), array("i", self._ids))
+        return Sequence(self.cache, self._core.fork())
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens. ArgumentError when there are fewer."""
         self._core.truncate(length)
-        del self._ids[length:]
 
     def free(self) -> None:
         """Returns the pages at once (otherwise they return when the object goes)."""
         self._core.free()
-        del self._ids[:]
-
-    def _note(self, start: int, ids) -> None:
-        """Notes which ids the core holds from `start` on. May be called again after an interrupt."""
-        self._ids[start:] = array("i", ids[: len(self) - start])
 
     def __repr__(self):
         try:

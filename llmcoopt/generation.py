@@ -92,7 +92,6 @@ class Options:
             "repetition_penalty": _number("repetition_penalty", self.repetition_penalty),
             "seed": _whole("seed", self.seed if self.seed is not None else secrets.randbits(63), 2**64 - 1),
             "sequence": sequence._core if sequence is not None else None,
-            "history": np.asarray(sequence._ids, dtype=np.int32) if sequence is not None and len(sequence._ids) else _EMPTY,
         }
 
     def _eos(self, model, tokenizer) -> np.ndarray:
@@ -140,10 +139,9 @@ class Generation:
         self._events: list[tuple] = []
         self._given = 0  # events that were handed out
         self._sequence = sequence
-        self._held = len(sequence) if sequence is not None else 0
         request = options.request(prompt, model, sequence, tokenizer)
         self.prompt = prompt.tolist()
-        before = [*request["history"].tolist(), *self.prompt] if continues else []
+        before = [*(sequence.ids if sequence is not None else []), *self.prompt] if continues else []
         self._text = _Text(tokenizer, stop_strings, before) if tokenizer is not None else None
         self.seed = request["seed"] if request["do_sample"] else None
         self._own_cache = cache is None and sequence is None
@@ -245,9 +243,7 @@ class Generation:
         self.finish_reason = self.finish_reason or "cancelled"
         self._final_stats = self._final_stats or self._core_stats()
         self._engine.close()
-        if self._sequence is not None:
-            self._sequence._note(self._held, self.prompt + self.ids)
-        else:
+        if self._sequence is None:
             self._core_sequence.free()
         if self._own_cache:
             self.cache.close()

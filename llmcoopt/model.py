@@ -101,7 +101,6 @@ class Model:
                 part = ids[at : at + CHUNK]
                 out = logits[at : at + CHUNK] if not last_only else logits if at + CHUNK >= n else None
                 self._core.forward(sequence._core, part, out, last_only, rope_length=start + n, prompt=n > 1)
-            sequence._note(start, ids.tolist())
         except BaseException:
             sequence.truncate(start)
             raise

@@ -130,15 +130,21 @@ class Pages:
     def __init__(self, n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype):
         self.shape = n_layers, 2, n_kv_heads, page_size, head_dim
         self.n_layers, self.n_kv_heads, self.head_dim, self.page_size, self.dtype = n_layers, n_kv_heads, head_dim, page_size, dtype
-        self.element = np.dtype(np.float32 if dtype == "float32" else np.uint16)
-        self.used = int(np.prod(self.shape)) * self.element.itemsize
-        self.page_bytes = -(-self.used // 64) * 64
+        self.element = np.dtype({"float32": np.float32, "float16": np.uint16, "bfloat16": np.uint16}.get(dtype, np.uint8))
+        self.scale_shape = n_layers, 2, n_kv_heads, page_size // BLOCK if self.element.itemsize == 1 else 0
+        used = int(np.prod(self.shape[1:])) * self.element.itemsize + 4 * int(np.prod(self.scale_shape[1:]))
+        self.slice_bytes = -(-used // 64) * 64
+        self.page_bytes = n_layers * self.slice_bytes
         self.data = np.full(n_pages * self.page_bytes, 0xFF, np.uint8)
 
     def page(self, number):
         """Codes of a page, [layer, k|v, kv_head, token, head_dim], writable."""
-        start = number * self.page_bytes
-        return self.data[start : start + self.used].view(self.element).reshape(self.shape)
+        return self.part(number, 0, self.element, self.shape)
+
+    def part(self, number, start, element, shape):
+        """An array [layer, ...] that begins at byte `start` of every slice of a page, writable."""
+        strides = (self.slice_bytes, *np.empty(shape[1:], element).strides)
+        return np.ndarray(shape, element, self.data, number * self.page_bytes + start, strides)
 
     def write(self, table, layer, k, v, start=0):
         """k, v [tokens, kv_heads, d] to positions start.. of the sequence with this page table."""
@@ -163,20 +169,13 @@ class CodedPages(Pages):
     """Pages of one-byte codes and scales. Rows are given from position 0 on, for what a block's codes are depends on all of its rows."""
 
     def __init__(self, n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype):
+        super().__init__(n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype)
         self.made = n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype
-        self.shape = n_layers, 2, n_kv_heads, page_size, head_dim
-        self.n_layers, self.n_kv_heads, self.head_dim, self.page_size, self.dtype = self.made[1:]
-        self.element = np.dtype(np.uint8)
-        self.used = int(np.prod(self.shape))
-        self.scale_shape = n_layers, n_kv_heads, 2, page_size // BLOCK
-        self.page_bytes = -(-(self.used + 4 * int(np.prod(self.scale_shape))) // 64) * 64
-        self.data = np.full(n_pages * self.page_bytes, 0xFF, np.uint8)
         self.tail_shape = n_layers, 2, n_kv_heads, BLOCK, head_dim
 
     def scales(self, number):
-        """Scales of a page, [layer, kv_head, k|v, block], writable."""
-        start = number * self.page_bytes + self.used
-        return self.data[start : start + 4 * int(np.prod(self.scale_shape))].view(np.float32).reshape(self.scale_shape)
+        """Scales of a page, [layer, k|v, kv_head, block], writable."""
+        return self.part(number, int(np.prod(self.shape[1:])), np.float32, self.scale_shape)
 
     def blank(self):
         """A cache of the same shape, all poison."""
@@ -189,7 +188,7 @@ class CodedPages(Pages):
     def block(self, table, layer, which, position):
         """Codes [kv_head, 16, head_dim] of the block of a position, and a view [kv_head] of its scales."""
         page, at = table[position // self.page_size], position % self.page_size // BLOCK
-        return self.page(page)[layer, which, :, at * BLOCK : (at + 1) * BLOCK], self.scales(page)[layer, :, which, at]
+        return self.page(page)[layer, which, :, at * BLOCK : (at + 1) * BLOCK], self.scales(page)[layer, which, :, at]
 
     def write(self, table, layer, k, v):
         """k, v [tokens, kv_heads, d]: every whole block as a cache with a write buffer quantises it. The rest is the tail's."""

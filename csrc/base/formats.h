@@ -1,17 +1,18 @@
 /* Byte layouts shared by the whole core (and by the CUDA kernels): element types and the cache page.
  *
- * The page: `page_size` tokens of ALL layers, keys and values, one contiguous run of bytes
+ * The page: `page_size` tokens of ALL layers, keys and values, one contiguous run of bytes: a *slice* for each layer, one after the other
  *
- *   codes   [layer][k|v][kv_head][token][head_dim]          element type lco_dtype
- *   scales  [layer][kv_head][k|v][token / 16]  float32      at the page's end, only for element types that need them
+ *   codes   [k|v][kv_head][token][head_dim]          element type lco_dtype, which may differ from layer to layer
+ *   scales  [k|v][kv_head][token / 16]  float32      only for element types that need them
  *
- *   page p of a pool begins at base + p * page_bytes. All offsets are 64-bit: LLaMA-13B passes 2^31 elements at 5,243 tokens.
+ *   Slices begin at multiples of 64 bytes. Page p of a pool begins at base + p * page_bytes. All offsets are 64-bit: LLaMA-13B passes 2^31 elements
+ *   at 5,243 tokens. A layer of a page is one run, so that a page that is not in memory can be read layer by layer.
  *
  * One-byte codes mean code * scale, a scale for each block of 16 tokens, kv head, and K or V (base/codes.h). With a write-back buffer the block
  * that a sequence is filling has no codes yet: its 16-bit (bfloat16) values lie in the sequence's tail. There are two of them: rows that go past
  * the block leave the new unfinished block in the other one, so that a step that fails has not touched what was there.
  *
- *   tail    [layer][k|v][kv_head][token % 16][head_dim]     lco_tail_bytes() for each layer */
+ *   tail    for each buffered layer [k|v][kv_head][token % 16][head_dim], lco_tail_bytes() */
 #ifndef LCO_BASE_FORMATS_H
 #define LCO_BASE_FORMATS_H
 
@@ -33,50 +34,96 @@ static inline bool lco_dtype_scaled(lco_dtype dtype) { return dtype > LCO_BF16; 
 
 #define LCO_KV_BLOCK 16 /* tokens that share a scale */
 
-/* Shape and place of a cache, as attention and append see it. */
+typedef struct lco_kv_view lco_kv_view;
+
+/* Pages that are not in memory. fetch() returns a copy of the view's layer of such a page, of which at least kv heads [head, head + heads) are there;
+ * it is the calling thread's, and good until that thread has fetched LCO_KV_FETCHED - 1 other pages. It never fails: what can't be read is zeros,
+ * and the pool remembers it against the page (lco_kv_lost). */
+#define LCO_KV_FETCHED 8
 typedef struct {
-    uint8_t *base;
-    size_t page_bytes; /* lco_kv_page_bytes() of the fields below, rounded up to 64 */
+    const bool *away; /* [pages] */
+    const uint8_t *(*fetch)(void *ctx, const lco_kv_view *kv, int thread, int64_t page, int64_t head, int64_t heads);
+    void *ctx;
+} lco_kv_store;
+
+/* Shape and place of one layer of a cache, as attention and append see it. */
+struct lco_kv_view {
+    uint8_t *base;                    /* this layer's slice of page 0 */
+    size_t page_bytes;                /* from page to page */
+    size_t slice_offset, tail_offset; /* where this layer begins in a page and in a tail */
     lco_dtype dtype;
     int32_t page_size; /* tokens, 16..512, a multiple of 16 */
-    int32_t n_layers, n_kv_heads, head_dim;
-    bool buffered; /* the block being filled is in the tail, not in the page (scaled types only) */
-} lco_kv_view;
+    int32_t n_kv_heads, head_dim;
+    bool buffered;             /* the block being filled is in the tail, not in the page (scaled types only) */
+    const lco_kv_store *store; /* NULL: all pages are in memory */
+};
 
 enum { LCO_KEY = 0, LCO_VALUE = 1 };
 
-/* Bytes of a page of the view's shape, rounded to 64 so that every page starts on a cache line; false when they overflow. */
-static inline bool lco_kv_page_bytes(const lco_kv_view *kv, size_t *bytes)
+/* Bytes of a slice of the view's shape, rounded to 64 so that every slice starts on a cache line; false when they overflow. */
+static inline bool lco_kv_slice_bytes(const lco_kv_view *kv, size_t *bytes)
 {
     const size_t page_size = (size_t)kv->page_size, scales = lco_dtype_scaled(kv->dtype) ? page_size / LCO_KV_BLOCK * sizeof(float) : 0;
-    size_t heads, head;
-    if (__builtin_mul_overflow((size_t)2 * (size_t)kv->n_layers, (size_t)kv->n_kv_heads, &heads) ||
-        __builtin_mul_overflow(page_size * lco_dtype_bytes(kv->dtype), (size_t)kv->head_dim, &head) ||
-        __builtin_add_overflow(head, scales, &head) || __builtin_mul_overflow(heads, head, bytes) ||
+    size_t head;
+    if (__builtin_mul_overflow(page_size * lco_dtype_bytes(kv->dtype), (size_t)kv->head_dim, &head) ||
+        __builtin_add_overflow(head, scales, &head) || __builtin_mul_overflow((size_t)2 * (size_t)kv->n_kv_heads, head, bytes) ||
         __builtin_add_overflow(*bytes, (size_t)63, bytes))
         return false;
     *bytes &= ~(size_t)63;
     return true;
 }
 
-/* First element of a head's run of page_size * head_dim codes. */
-static inline uint8_t *lco_kv_codes(const lco_kv_view *kv, int64_t page, int64_t layer, int64_t key_or_value, int64_t kv_head)
+/* Bytes of a head's run of codes. */
+static inline size_t lco_kv_run_bytes(const lco_kv_view *kv)
 {
-    size_t run = (size_t)kv->page_size * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
-    size_t index = ((size_t)layer * 2 + (size_t)key_or_value) * (size_t)kv->n_kv_heads + (size_t)kv_head;
-    return kv->base + (size_t)page * kv->page_bytes + index * run;
+    return (size_t)kv->page_size * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
 }
 
-/* Scales of a head's blocks, [page_size / LCO_KV_BLOCK], for keys or for values. */
-static inline float *lco_kv_scales(const lco_kv_view *kv, int64_t page, int64_t layer, int64_t key_or_value, int64_t kv_head)
+/* Where the codes of a head, [page_size * head_dim], and its scales, [page_size / LCO_KV_BLOCK], begin in a slice. */
+static inline size_t lco_codes_offset(const lco_kv_view *kv, int64_t key_or_value, int64_t kv_head)
 {
-    const size_t heads = (size_t)kv->n_layers * (size_t)kv->n_kv_heads, page_size = (size_t)kv->page_size;
-    const size_t codes = 2 * heads * page_size * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
-    const size_t index = ((size_t)layer * (size_t)kv->n_kv_heads + (size_t)kv_head) * 2 + (size_t)key_or_value;
-    return (float *)(void *)(kv->base + (size_t)page * kv->page_bytes + codes) + index * (page_size / LCO_KV_BLOCK);
+    return (size_t)(key_or_value * kv->n_kv_heads + kv_head) * lco_kv_run_bytes(kv);
 }
 
-/* Bytes of one layer of a tail, and where a head's 16 rows begin in it. */
+static inline size_t lco_scales_offset(const lco_kv_view *kv, int64_t key_or_value, int64_t kv_head)
+{
+    const size_t blocks = (size_t)(key_or_value * kv->n_kv_heads + kv_head) * (size_t)(kv->page_size / LCO_KV_BLOCK);
+    return (size_t)2 * (size_t)kv->n_kv_heads * lco_kv_run_bytes(kv) + blocks * sizeof(float);
+}
+
+/* A page's slice for writing, which is done to pages in memory only. */
+static inline uint8_t *lco_kv_slice(const lco_kv_view *kv, int64_t page) { return kv->base + (size_t)page * kv->page_bytes; }
+
+static inline uint8_t *lco_kv_codes(const lco_kv_view *kv, int64_t page, int64_t key_or_value, int64_t kv_head)
+{
+    return lco_kv_slice(kv, page) + lco_codes_offset(kv, key_or_value, kv_head);
+}
+
+static inline float *lco_kv_scales(const lco_kv_view *kv, int64_t page, int64_t key_or_value, int64_t kv_head)
+{
+    return (float *)(void *)(lco_kv_slice(kv, page) + lco_scales_offset(kv, key_or_value, kv_head));
+}
+
+static inline bool lco_kv_away(const lco_kv_view *kv, int64_t page) { return kv->store != NULL && kv->store->away[page]; }
+
+/* A page's slice for reading heads [head, head + heads), wherever the page lies. */
+static inline const uint8_t *lco_kv_read(const lco_kv_view *kv, int thread, int64_t page, int64_t head, int64_t heads)
+{
+    return lco_kv_away(kv, page) ? kv->store->fetch(kv->store->ctx, kv, thread, page, head, heads) : lco_kv_slice(kv, page);
+}
+
+/* In a slice that lco_kv_read() gave. */
+static inline const uint8_t *lco_read_codes(const lco_kv_view *kv, const uint8_t *slice, int64_t key_or_value, int64_t kv_head)
+{
+    return slice + lco_codes_offset(kv, key_or_value, kv_head);
+}
+
+static inline const float *lco_read_scales(const lco_kv_view *kv, const uint8_t *slice, int64_t key_or_value, int64_t kv_head)
+{
+    return (const float *)(const void *)(slice + lco_scales_offset(kv, key_or_value, kv_head));
+}
+
+/* Bytes of this layer of a tail, and where a head's 16 rows begin in it. */
 static inline size_t lco_tail_bytes(const lco_kv_view *kv)
 {
     return (size_t)2 * 2 * LCO_KV_BLOCK * (size_t)kv->n_kv_heads * (size_t)kv->head_dim;

@@ -156,7 +156,7 @@ static void commit(lco_engine *engine)
             engine->stats.prompt_tokens += job->rows;
         else
             engine->stats.decode_tokens += job->rows;
-        lco_seq_commit(job->seq, job->rows);
+        lco_seq_commit(job->seq, job->ids + lco_job_computed(job), job->rows);
     }
 }
 

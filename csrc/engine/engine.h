@@ -38,11 +38,9 @@ typedef struct {
     bool ignore_eos;
     int64_t min_new_tokens; /* eos is not taken before */
     lco_sampling sampling;
-    /* A sequence to go on with (its cache holds what came before), or NULL: a new one, freed at the end. It must outlive the request and
+    /* A sequence to go on with (its cache holds what came before, and its ids count for the repetition penalty), or NULL: a new one, freed at the end. It must outlive the request and
      * not be written by others meanwhile. Afterwards it holds the prompt and all generated ids but the last, which was never computed. */
     lco_seq *sequence;
-    const int32_t *history; /* ids already in `sequence`, for the repetition penalty; copied; may be NULL */
-    int64_t n_history;
 } lco_request;
 
 typedef enum { LCO_FINISH_NONE = 0, LCO_FINISH_EOS, LCO_FINISH_LENGTH, LCO_FINISH_CANCELLED, LCO_FINISH_ERROR } lco_finish;

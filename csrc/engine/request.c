@@ -71,8 +71,7 @@ static lco_status check_request(const lco_engine *engine, const lco_request *req
     int64_t base = request->sequence != NULL ? lco_seq_length(request->sequence) : 0;
     if ((status = check_lengths(engine, request, base, err)) != LCO_OK || /* before the ids: it bounds the count of ids to look at */
         (status = check_ids("prompt", request->prompt, request->n_prompt, engine->vocab, err)) != LCO_OK ||
-        (status = check_ids("eos", request->eos, request->n_eos, engine->vocab, err)) != LCO_OK ||
-        (status = check_ids("history", request->history, request->n_history, engine->vocab, err)) != LCO_OK)
+        (status = check_ids("eos", request->eos, request->n_eos, engine->vocab, err)) != LCO_OK)
         return status;
     return lco_sampling_check(&request->sampling, err);
 }
@@ -80,13 +79,14 @@ static lco_status check_request(const lco_engine *engine, const lco_request *req
 /* The list of distinct ids never holds more than the vocabulary. */
 static bool start_seen(lco_job *job, const lco_request *request, int32_t vocab)
 {
-    int64_t most = request->n_history + job->n_prompt + job->max_new;
+    const int64_t held = request->sequence != NULL ? lco_seq_length(request->sequence) : 0, most = held + job->n_prompt + job->max_new;
     job->seen = lco_alloc((size_t)(most < vocab ? most : vocab) * sizeof *job->seen);
     job->seen_bits = lco_calloc((size_t)vocab / 8 + 1, 1);
     if (job->seen == NULL || job->seen_bits == NULL)
         return false;
-    for (int64_t i = 0; i < request->n_history; i++)
-        lco_job_see(job, request->history[i]);
+    for (int64_t i = 0; i < held; i++)
+        if (lco_seq_ids(request->sequence)[i] >= 0)
+            lco_job_see(job, lco_seq_ids(request->sequence)[i]);
     for (int64_t i = 0; i < job->n_prompt; i++)
         lco_job_see(job, job->ids[i]);
     return true;

@@ -6,7 +6,9 @@
 
 struct lco_kv {
     lco_kv_options options;
-    size_t page_bytes;
+    lco_kv_view *views;            /* [n_layers] */
+    size_t page_bytes, tail_bytes; /* tail: of a sequence, all buffered layers; 0 without a write buffer */
+    bool scaled;                   /* some layer has one-byte codes */
     int64_t n_pages;
     uint8_t *base;       /* address space for all pages */
     int32_t *refs;       /* [n_pages] table entries that name the page */
@@ -23,14 +25,14 @@ struct lco_seq {
     int32_t *table;
     int64_t n_pages, capacity; /* entries in use, allocated */
     int64_t length;
+    int32_t *ids; /* of the tokens held, -1: not told; room for id_capacity */
+    int64_t id_capacity;
     uint8_t *tails; /* two; NULL: none yet */
     int tail;       /* which of them is current */
     uint8_t *held;  /* lco_seq_hold: the tail at held_length; meaningless when that is 0 */
     int64_t held_length;
     lco_seq *previous, *next;
 };
-
-size_t lco_kv_tail_bytes(const lco_kv *kv); /* of one sequence; 0 without a write buffer */
 
 /* page.c */
 int64_t lco_page_free_count(const lco_kv *kv);

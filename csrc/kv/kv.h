@@ -25,6 +25,7 @@ typedef struct lco_seq lco_seq;
 typedef struct {
     int32_t n_layers, n_kv_heads, head_dim;
     lco_dtype dtype;
+    const lco_dtype *layer_dtypes; /* [n_layers], read by lco_kv_create only; NULL: all are `dtype` */
     int32_t page_size;
     bool write_buffer;  /* one-byte codes: keep the block being filled in 16 bit and quantise it once */
     int64_t max_tokens; /* over all sequences; rounded up to whole pages */
@@ -40,7 +41,7 @@ typedef struct {
 lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err);
 void lco_kv_destroy(lco_kv *kv); /* frees its sequences too */
 const lco_kv_options *lco_kv_get_options(const lco_kv *kv);
-lco_kv_view lco_kv_get_view(const lco_kv *kv);
+const lco_kv_view *lco_kv_views(const lco_kv *kv); /* [n_layers] */
 lco_kv_stats lco_kv_get_stats(const lco_kv *kv);
 lco_status lco_kv_check(const lco_kv *kv, lco_error *err);
 
@@ -48,6 +49,7 @@ lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err);
 void lco_seq_destroy(lco_seq *seq); /* returns its pages */
 lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err);
 int64_t lco_seq_length(const lco_seq *seq);
+const int32_t *lco_seq_ids(const lco_seq *seq); /* of the tokens held; -1 where lco_seq_commit was not told */
 const int32_t *lco_seq_table(const lco_seq *seq);
 uint8_t *lco_seq_tail(const lco_seq *seq);      /* of the block being filled; NULL before the first reserve and without a write buffer */
 uint8_t *lco_seq_next_tail(const lco_seq *seq); /* where rows of a later unfinished block go; lco_seq_commit makes it the tail */
@@ -56,7 +58,8 @@ lco_kv *lco_seq_cache(const lco_seq *seq);
 /* Makes room for n more tokens, all or nothing: new pages at the end, a copy of the last page when it is shared, and the tail.
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
-void lco_seq_commit(lco_seq *seq, int64_t n); /* n reserved tokens were written: the length grows */
+/* n reserved tokens were written: the length grows. Their ids may be NULL: not known. */
+void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n);
 /* Before `n` tokens come: remembers the block being filled unless they stay in it, so that truncating to this length again, or to less in this
  * block, is exact whatever is appended meanwhile.
  * One place is remembered, the last. */

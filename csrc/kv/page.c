@@ -16,8 +16,6 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
 {
     if (o->page_size < 16 || o->page_size > 512 || o->page_size % 16 != 0)
         return lco_fail(err, LCO_EINVAL, "page_size = %d, expected a multiple of 16 from 16 to 512", o->page_size);
-    if (o->write_buffer && !lco_dtype_scaled(o->dtype))
-        return lco_fail(err, LCO_EINVAL, "a write buffer is for one-byte codes: 16-bit and float32 caches are written once as it is");
     if (o->max_tokens < 1)
         return lco_fail(err, LCO_EINVAL, "max_tokens = %lld, expected at least 1", (long long)o->max_tokens);
     if (o->n_layers < 1 || o->n_kv_heads < 1 || o->head_dim < 1)
@@ -26,37 +24,55 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
     return LCO_OK;
 }
 
-static lco_kv_view view_of(const lco_kv_options *o)
+/* The views of all layers, without their base yet, and the bytes of a page and of a tail. */
+static lco_status lay_out(lco_kv *kv, lco_error *err)
 {
-    return (lco_kv_view){.dtype = o->dtype,
-                         .page_size = o->page_size,
-                         .n_layers = o->n_layers,
-                         .n_kv_heads = o->n_kv_heads,
-                         .head_dim = o->head_dim,
-                         .buffered = o->write_buffer};
+    const lco_kv_options *o = &kv->options;
+    kv->views = lco_calloc((size_t)o->n_layers, sizeof *kv->views);
+    if (kv->views == NULL)
+        return lco_fail(err, LCO_ENOMEM, "out of memory for a cache of %d layers", o->n_layers);
+    for (int32_t i = 0; i < o->n_layers; i++) {
+        lco_kv_view *view = &kv->views[i];
+        *view = (lco_kv_view){.dtype = o->layer_dtypes != NULL ? o->layer_dtypes[i] : o->dtype, .page_size = o->page_size};
+        view->n_kv_heads = o->n_kv_heads;
+        view->head_dim = o->head_dim;
+        view->buffered = o->write_buffer && lco_dtype_scaled(view->dtype);
+        view->slice_offset = kv->page_bytes;
+        view->tail_offset = kv->tail_bytes;
+        kv->scaled = kv->scaled || lco_dtype_scaled(view->dtype);
+        size_t slice;
+        if (!lco_kv_slice_bytes(view, &slice) || __builtin_add_overflow(kv->page_bytes, slice, &kv->page_bytes))
+            return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", o->page_size,
+                            o->n_layers, o->n_kv_heads, o->head_dim);
+        kv->tail_bytes += view->buffered ? lco_tail_bytes(view) : 0;
+    }
+    if (o->write_buffer && !kv->scaled)
+        return lco_fail(err, LCO_EINVAL, "a write buffer is for one-byte codes: 16-bit and float32 caches are written once as it is");
+    kv->options.layer_dtypes = NULL;
+    return LCO_OK;
 }
 
 lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err)
 {
     *out = NULL;
-    size_t bytes = 0, total;
     lco_status status = check_options(options, err);
     if (status != LCO_OK)
         return status;
-    const lco_kv_view view = view_of(options);
-    if (!lco_kv_page_bytes(&view, &bytes))
-        return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", options->page_size,
-                        options->n_layers, options->n_kv_heads, options->head_dim);
-    int64_t n_pages = (options->max_tokens - 1) / options->page_size + 1;
-    if (n_pages > MAX_PAGES || !lco_mul(bytes, (size_t)n_pages, &total))
-        return lco_fail(err, LCO_EINVAL, "max_tokens = %lld needs %lld pages of %zu bytes: more than the cache can number",
-                        (long long)options->max_tokens, (long long)n_pages, bytes);
     lco_kv *kv = lco_calloc(1, sizeof *kv);
     if (kv == NULL)
         return lco_fail(err, LCO_ENOMEM, "out of memory for a cache");
     kv->options = *options;
+    if ((status = lay_out(kv, err)) != LCO_OK)
+        goto fail;
+    const size_t bytes = kv->page_bytes;
+    size_t total;
+    int64_t n_pages = (options->max_tokens - 1) / options->page_size + 1;
+    if (n_pages > MAX_PAGES || !lco_mul(bytes, (size_t)n_pages, &total)) {
+        status = lco_fail(err, LCO_EINVAL, "max_tokens = %lld needs %lld pages of %zu bytes: more than the cache can number",
+                          (long long)options->max_tokens, (long long)n_pages, bytes);
+        goto fail;
+    }
     kv->options.max_tokens = n_pages * options->page_size;
-    kv->page_bytes = bytes;
     kv->n_pages = n_pages;
     kv->system_page = (size_t)sysconf(_SC_PAGESIZE);
     kv->refs = lco_alloc((size_t)n_pages * sizeof *kv->refs); /* not touched before its page is */
@@ -72,11 +88,16 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
                           total, (long long)options->max_tokens, bytes / (size_t)options->page_size, strerror(errno));
         goto fail;
     }
+    for (int32_t i = 0; i < options->n_layers; i++) {
+        kv->views[i].base = kv->base + kv->views[i].slice_offset;
+        kv->views[i].page_bytes = bytes;
+    }
     *out = kv;
     return LCO_OK;
 fail:
     lco_free(kv->free_stack);
     lco_free(kv->refs);
+    lco_free(kv->views);
     lco_free(kv);
     return status;
 }
@@ -90,24 +111,13 @@ void lco_kv_destroy(lco_kv *kv)
     munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
     lco_free(kv->free_stack);
     lco_free(kv->refs);
+    lco_free(kv->views);
     lco_free(kv);
 }
 
 const lco_kv_options *lco_kv_get_options(const lco_kv *kv) { return &kv->options; }
 
-lco_kv_view lco_kv_get_view(const lco_kv *kv)
-{
-    lco_kv_view view = view_of(&kv->options);
-    view.base = kv->base;
-    view.page_bytes = kv->page_bytes;
-    return view;
-}
-
-size_t lco_kv_tail_bytes(const lco_kv *kv)
-{
-    const lco_kv_view view = lco_kv_get_view(kv);
-    return view.buffered ? lco_tail_bytes(&view) * (size_t)view.n_layers : 0;
-}
+const lco_kv_view *lco_kv_views(const lco_kv *kv) { return kv->views; }
 
 int64_t lco_page_free_count(const lco_kv *kv) { return kv->n_pages - kv->n_touched + kv->n_stacked; }
 
@@ -196,7 +206,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
         s.sequences++;
         s.tokens_held += seq->length;
-        s.tail_bytes += seq->tails != NULL ? 2 * (int64_t)lco_kv_tail_bytes(kv) : 0;
+        s.tail_bytes += seq->tails != NULL ? 2 * (int64_t)kv->tail_bytes : 0;
     }
     return s;
 }

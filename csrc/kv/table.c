@@ -38,6 +38,7 @@ void lco_seq_destroy(lco_seq *seq)
         seq->kv->sequences = seq->next;
     if (seq->next != NULL)
         seq->next->previous = seq->previous;
+    lco_free(seq->ids);
     lco_free(seq->held);
     lco_free(seq->tails);
     lco_free(seq->table);
@@ -60,9 +61,25 @@ static lco_status grow_table(lco_seq *seq, int64_t n_pages, lco_error *err)
     return LCO_OK;
 }
 
+static lco_status grow_ids(lco_seq *seq, int64_t n, lco_error *err)
+{
+    if (n <= seq->id_capacity)
+        return LCO_OK;
+    int64_t capacity = seq->id_capacity * 2 > n ? seq->id_capacity * 2 : n + 64;
+    int32_t *ids = lco_alloc((size_t)capacity * sizeof *ids);
+    if (ids == NULL)
+        return lco_fail(err, LCO_ENOMEM, "out of memory for the ids of %lld tokens", (long long)capacity);
+    if (seq->length > 0)
+        memcpy(ids, seq->ids, (size_t)seq->length * sizeof *ids);
+    lco_free(seq->ids);
+    seq->ids = ids;
+    seq->id_capacity = capacity;
+    return LCO_OK;
+}
+
 static lco_status need_tail(lco_seq *seq, lco_error *err)
 {
-    const size_t bytes = lco_kv_tail_bytes(seq->kv);
+    const size_t bytes = seq->kv->tail_bytes;
     if (bytes == 0 || seq->tails != NULL)
         return LCO_OK;
     seq->tails = lco_alloc(2 * bytes);
@@ -83,6 +100,8 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
         return status;
     int64_t n = pages_for(seq, seq->length); /* reserved pages past the length are not shared */
     status = grow_table(copy, n, err);
+    if (status == LCO_OK)
+        status = grow_ids(copy, seq->length, err);
     if (status == LCO_OK && seq->tails != NULL)
         status = need_tail(copy, err);
     if (status != LCO_OK) {
@@ -95,7 +114,9 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
         lco_page_share(seq->kv, copy->table[copy->n_pages]);
     }
     if (seq->tails != NULL)
-        memcpy(lco_seq_tail(copy), lco_seq_tail(seq), lco_kv_tail_bytes(seq->kv));
+        memcpy(lco_seq_tail(copy), lco_seq_tail(seq), seq->kv->tail_bytes);
+    if (seq->length > 0)
+        memcpy(copy->ids, seq->ids, (size_t)seq->length * sizeof *seq->ids);
     copy->length = seq->length;
     *out = copy;
     return LCO_OK;
@@ -103,11 +124,13 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
 
 int64_t lco_seq_length(const lco_seq *seq) { return seq->length; }
 
+const int32_t *lco_seq_ids(const lco_seq *seq) { return seq->ids; }
+
 const int32_t *lco_seq_table(const lco_seq *seq) { return seq->table; }
 
 static uint8_t *tail_at(const lco_seq *seq, int which)
 {
-    return seq->tails != NULL ? seq->tails + (size_t)which * lco_kv_tail_bytes(seq->kv) : NULL;
+    return seq->tails != NULL ? seq->tails + (size_t)which * seq->kv->tail_bytes : NULL;
 }
 
 uint8_t *lco_seq_tail(const lco_seq *seq) { return tail_at(seq, seq->tail); }
@@ -134,6 +157,8 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
             (long long)n, (long long)needed, page_size, (long long)lco_page_free_count(kv), (long long)kv->n_pages,
             (long long)kv->options.max_tokens);
     lco_status status = grow_table(seq, want, err);
+    if (status == LCO_OK)
+        status = grow_ids(seq, seq->length + n, err);
     if (status == LCO_OK && n > 0)
         status = need_tail(seq, err);
     if (status != LCO_OK)
@@ -150,36 +175,45 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
     return LCO_OK;
 }
 
-void lco_seq_commit(lco_seq *seq, int64_t n)
+void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n)
 {
-    assert(n >= 0 && seq->length + n <= seq->n_pages * seq->kv->options.page_size);
+    assert(n >= 0 && seq->length + n <= seq->n_pages * seq->kv->options.page_size && seq->length + n <= seq->id_capacity);
     const int64_t blocks = (seq->length + n) / LCO_KV_BLOCK - seq->length / LCO_KV_BLOCK;
-    if (lco_dtype_scaled(seq->kv->options.dtype))
+    if (seq->kv->scaled)
         seq->kv->blocks_quantised += blocks;
     if (blocks > 0)
         seq->tail = 1 - seq->tail;
+    for (int64_t i = 0; i < n; i++)
+        seq->ids[seq->length + i] = ids != NULL ? ids[i] : -1;
     seq->length += n;
     seq->kv->tokens_appended += n;
 }
 
-/* Rows [0, n) of block `block` come back from codes to the tail. */
+/* Rows [0, n) of block `block` of a layer come back from codes to the tail. */
+static void reload_layer(lco_seq *seq, const lco_kv_view *kv, int64_t block, int64_t n)
+{
+    const int64_t page = seq->table[block * LCO_KV_BLOCK / kv->page_size], in_page = block % (kv->page_size / LCO_KV_BLOCK);
+    const int64_t d = kv->head_dim;
+    for (int64_t i = 0; i < (int64_t)2 * kv->n_kv_heads; i++) {
+        const int64_t which = i / kv->n_kv_heads, head = i % kv->n_kv_heads;
+        const uint8_t *codes = lco_kv_codes(kv, page, which, head) + in_page * LCO_KV_BLOCK * d;
+        const float scale = lco_kv_scales(kv, page, which, head)[in_page];
+        uint16_t *rows = lco_tail_rows(kv, lco_seq_tail(seq) + kv->tail_offset, which, head);
+        for (int64_t j = 0; j < n * d; j++)
+            rows[j] = lco_f32_to_bf16(lco_decode(codes[j], kv->dtype) * scale);
+    }
+}
+
 static void reload_tail(lco_seq *seq, int64_t block, int64_t n)
 {
-    const lco_kv_view kv = lco_kv_get_view(seq->kv);
-    const int64_t page = seq->table[block * LCO_KV_BLOCK / kv.page_size], in_page = block % (kv.page_size / LCO_KV_BLOCK), d = kv.head_dim;
-    for (int64_t i = 0; i < (int64_t)kv.n_layers * 2 * kv.n_kv_heads; i++) {
-        const int64_t layer = i / (2 * kv.n_kv_heads), which = i / kv.n_kv_heads % 2, head = i % kv.n_kv_heads;
-        const uint8_t *codes = lco_kv_codes(&kv, page, layer, which, head) + in_page * LCO_KV_BLOCK * d;
-        const float scale = lco_kv_scales(&kv, page, layer, which, head)[in_page];
-        uint16_t *rows = lco_tail_rows(&kv, lco_seq_tail(seq) + (size_t)layer * lco_tail_bytes(&kv), which, head);
-        for (int64_t j = 0; j < n * d; j++)
-            rows[j] = lco_f32_to_bf16(lco_decode(codes[j], kv.dtype) * scale);
-    }
+    for (int32_t i = 0; i < seq->kv->options.n_layers; i++)
+        if (seq->kv->views[i].buffered)
+            reload_layer(seq, &seq->kv->views[i], block, n);
 }
 
 lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err)
 {
-    const size_t bytes = lco_kv_tail_bytes(seq->kv);
+    const size_t bytes = seq->kv->tail_bytes;
     if (seq->tails == NULL || seq->length % LCO_KV_BLOCK == 0 || n < LCO_KV_BLOCK - seq->length % LCO_KV_BLOCK)
         return LCO_OK;
     if (seq->held == NULL && (seq->held = lco_alloc(bytes)) == NULL)
@@ -193,7 +227,7 @@ lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err)
 static void restore_tail(lco_seq *seq, int64_t length)
 {
     if (length <= seq->held_length && length / LCO_KV_BLOCK == seq->held_length / LCO_KV_BLOCK)
-        memcpy(lco_seq_tail(seq), seq->held, lco_kv_tail_bytes(seq->kv));
+        memcpy(lco_seq_tail(seq), seq->held, seq->kv->tail_bytes);
     else
         reload_tail(seq, length / LCO_KV_BLOCK, length % LCO_KV_BLOCK);
 }

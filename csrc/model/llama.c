@@ -46,22 +46,25 @@ static lco_status take_buffers(const lco_model_config *c, lco_arena *scratch, in
 typedef struct {
     const lco_model *model;
     const lco_batch *batch;
-    const lco_kv_view *kv;
-    lco_item *items; /* the batch's, with scratch for the blocks that prompt rows lie in */
+    const lco_kv_view *kv; /* of each layer */
+    lco_item *items;       /* the batch's, with scratch for the blocks that prompt rows lie in */
     buffers b;
     int64_t m, m_prompt; /* rows now, and how many of them are prompt rows (they come first) */
     lco_status status;
 } step;
 
-/* Buffered caches: 16-bit keys and values of one layer for the blocks of every prompt item. */
+/* Buffered layers: 16-bit keys and values of one layer for the blocks of every prompt item. */
 static lco_status take_items(step *s, lco_arena *scratch, lco_error *err)
 {
     const lco_batch *batch = s->batch;
-    const size_t layer_bytes = s->kv->buffered ? lco_tail_bytes(s->kv) : 0;
+    size_t layer_bytes = 0;
+    for (int32_t i = 0; i < s->model->config.n_layers; i++)
+        if (s->kv[i].buffered && lco_tail_bytes(&s->kv[i]) > layer_bytes)
+            layer_bytes = lco_tail_bytes(&s->kv[i]);
     bool ok = (s->items = lco_arena_take(scratch, (size_t)batch->n_items * sizeof *s->items)) != NULL;
     for (int64_t i = 0; ok && i < batch->n_items; i++) {
         s->items[i] = batch->items[i];
-        if (s->kv->buffered && s->items[i].prompt)
+        if (layer_bytes > 0 && s->items[i].prompt)
             ok = (s->items[i].own = lco_arena_take(scratch, (size_t)lco_own_blocks(&s->items[i]) * layer_bytes)) != NULL;
     }
     return ok ? LCO_OK : lco_fail(err, LCO_ENOMEM, "out of memory for the new keys and values of a step; use a smaller chunk");
@@ -98,10 +101,9 @@ static void linear(step *s, const float *x, int64_t k, bool add, int n_parts, lc
 static void rope_append(step *s, int64_t layer)
 {
     const lco_model_config *c = &s->model->config;
-    lco_rope_append_args args = {.q = s->b.q, .k = s->b.k, .v = s->b.v, .cos = s->b.cos, .sin = s->b.sin, .kv = s->kv};
+    lco_rope_append_args args = {.q = s->b.q, .k = s->b.k, .v = s->b.v, .cos = s->b.cos, .sin = s->b.sin, .kv = &s->kv[layer]};
     args.items = s->items;
     args.n_items = s->batch->n_items;
-    args.layer = layer;
     args.n_heads = c->n_heads;
     args.ld_q = (int64_t)c->n_heads * c->head_dim;
     args.ld_kv = (int64_t)c->n_kv_heads * c->head_dim;
@@ -114,7 +116,7 @@ static void rope_append(step *s, int64_t layer)
 static void attention(step *s, int64_t layer)
 {
     const lco_model_config *c = &s->model->config;
-    lco_attention_args args = {.out = s->b.attended, .q = s->b.q, .kv = s->kv, .layer = layer, .n_heads = c->n_heads};
+    lco_attention_args args = {.out = s->b.attended, .q = s->b.q, .kv = &s->kv[layer], .n_heads = c->n_heads};
     args.items = s->items;
     args.n_items = s->batch->n_items;
     args.ld_out = args.ld_q = (int64_t)c->n_heads * c->head_dim;
@@ -186,9 +188,8 @@ static void layer_forward(step *s, int64_t index)
 static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, float *logits, lco_error *err)
 {
     const lco_model_config *c = &model->config;
-    const lco_kv_view view = lco_kv_get_view(kv);
     const lco_linear_part none = {0};
-    step s = {.model = model, .batch = batch, .kv = &view, .m = batch->n_rows};
+    step s = {.model = model, .batch = batch, .kv = lco_kv_views(kv), .m = batch->n_rows};
     for (int64_t i = 0; i < batch->n_items; i++)
         s.m_prompt += batch->items[i].prompt ? batch->items[i].len : 0;
     lco_status status = take_buffers(c, model->scratch, s.m, &s.b, err);

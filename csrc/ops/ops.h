@@ -90,10 +90,10 @@ static inline int64_t lco_own_blocks(const lco_item *item)
 }
 
 /* The 16-bit keys and values of this layer of a block that the item's rows lie in: lco_tail_rows() finds a head's. */
-static inline uint8_t *lco_own_block(const lco_kv_view *kv, const lco_item *item, int64_t layer, int64_t block)
+static inline uint8_t *lco_own_block(const lco_kv_view *kv, const lco_item *item, int64_t block)
 {
     if (!item->prompt)
-        return item->tail + (size_t)layer * lco_tail_bytes(kv);
+        return item->tail + kv->tail_offset;
     return item->own + (size_t)(block - item->pos / LCO_KV_BLOCK) * lco_tail_bytes(kv);
 }
 
@@ -108,9 +108,9 @@ typedef struct {
     float *k;               /* [m, n_kv_heads, head_dim], row stride ld_kv; rotated in place */
     const float *v;         /* [m, n_kv_heads, head_dim], row stride ld_kv */
     const float *cos, *sin; /* [m, head_dim / 2] */
-    const lco_kv_view *kv;
+    const lco_kv_view *kv;  /* of the layer; pages that rows go to are in memory */
     const lco_item *items;
-    int64_t n_items, layer, n_heads, ld_q, ld_kv;
+    int64_t n_items, n_heads, ld_q, ld_kv;
     const lco_exec *exec;
 } lco_rope_append_args;
 
@@ -121,11 +121,11 @@ typedef struct {
  * its position alone, not on how the prompt was cut, what else ran, or what came from a shared prefix.
  * Prompt rows over a bfloat16 cache: tables whose `detail` says AMX round q * scale and the weights of the positions to bfloat16. */
 typedef struct {
-    float *out;     /* [m, n_heads, head_dim], row stride ld_out */
-    const float *q; /* [m, n_heads, head_dim], row stride ld_q */
-    const lco_kv_view *kv;
+    float *out;            /* [m, n_heads, head_dim], row stride ld_out */
+    const float *q;        /* [m, n_heads, head_dim], row stride ld_q */
+    const lco_kv_view *kv; /* of the layer; pages are read through lco_kv_read() */
     const lco_item *items;
-    int64_t n_items, layer, n_heads, ld_out, ld_q, window;
+    int64_t n_items, n_heads, ld_out, ld_q, window;
     float scale;
     const lco_exec *exec;
 } lco_attention_args;

@@ -27,19 +27,18 @@ static void fill_block(const lco_rope_append_args *a, const lco_item *item, int6
     const lco_kv_view *kv = a->kv;
     const int64_t d = kv->head_dim, start = block * LCO_KV_BLOCK, stop = start + LCO_KV_BLOCK, end = item->pos + item->len;
     const int64_t first_block = item->pos / LCO_KV_BLOCK, from = start > item->pos ? start : item->pos, to = stop < end ? stop : end;
-    const size_t layer_bytes = lco_tail_bytes(kv) * (size_t)a->layer;
-    uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, item, a->layer, block), which, head);
+    uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, item, block), which, head);
     if (item->prompt && from > start)
-        memcpy(rows, lco_tail_rows(kv, item->tail + layer_bytes, which, head), (size_t)((from - start) * d) * sizeof *rows);
+        memcpy(rows, lco_tail_rows(kv, item->tail + kv->tail_offset, which, head), (size_t)((from - start) * d) * sizeof *rows);
     for (int64_t t = from; t < to; t++)
         round_row(a, item, t - item->pos, which, head, rows + (t - start) * d);
     if (to == stop) {
         const int64_t page = item->table[start / kv->page_size], in_page = start % kv->page_size / LCO_KV_BLOCK;
-        lco_encode_block(lco_kv_codes(kv, page, a->layer, which, head) + in_page * LCO_KV_BLOCK * d,
-                         lco_kv_scales(kv, page, a->layer, which, head) + in_page, rows, LCO_KV_BLOCK * d, kv->dtype);
+        lco_encode_block(lco_kv_codes(kv, page, which, head) + in_page * LCO_KV_BLOCK * d, lco_kv_scales(kv, page, which, head) + in_page,
+                         rows, LCO_KV_BLOCK * d, kv->dtype);
     } else if (item->prompt) {
         uint8_t *tail = block == first_block ? item->tail : item->next_tail;
-        memcpy(lco_tail_rows(kv, tail + layer_bytes, which, head) + (from - start) * d, rows + (from - start) * d,
+        memcpy(lco_tail_rows(kv, tail + kv->tail_offset, which, head) + (from - start) * d, rows + (from - start) * d,
                (size_t)((to - from) * d) * sizeof *rows);
     }
 }
@@ -50,8 +49,8 @@ static void widen_block(const lco_rope_append_args *a, const lco_item *item, int
     const lco_kv_view *kv = a->kv;
     const int64_t d = kv->head_dim, start = block * LCO_KV_BLOCK, end = item->pos + item->len;
     const int64_t page = item->table[start / kv->page_size], in_page = start % kv->page_size / LCO_KV_BLOCK;
-    uint8_t *codes = lco_kv_codes(kv, page, a->layer, which, head) + in_page * LCO_KV_BLOCK * d;
-    float *scale = lco_kv_scales(kv, page, a->layer, which, head) + in_page;
+    uint8_t *codes = lco_kv_codes(kv, page, which, head) + in_page * LCO_KV_BLOCK * d;
+    float *scale = lco_kv_scales(kv, page, which, head) + in_page;
     for (int64_t t = start > item->pos ? start : item->pos; t < start + LCO_KV_BLOCK && t < end; t++) {
         round_row(a, item, t - item->pos, which, head, row);
         const float own = lco_block_scale(lco_largest_bf16(row, d), kv->dtype);

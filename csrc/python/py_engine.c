@@ -172,43 +172,37 @@ static PyObject *add_request(engine_object *self, lco_request *request, sequence
 
 static PyObject *engine_add(engine_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"prompt",      "max_new_tokens", "eos",   "ignore_eos", "min_new_tokens",     "do_sample",
-                            "temperature", "top_k",          "top_p", "min_p",      "repetition_penalty", "seed",
-                            "sequence",    "history",        NULL};
-    PyObject *prompt_object, *eos_object, *sequence_object_, *history_object;
+    static char *names[] = {"prompt", "max_new_tokens", "eos",   "ignore_eos",         "min_new_tokens", "do_sample", "temperature",
+                            "top_k",  "top_p",          "min_p", "repetition_penalty", "seed",           "sequence",  NULL};
+    PyObject *prompt_object, *eos_object, *sequence_object_;
     lco_request request = {0};
     int ignore_eos, do_sample, top_k;
     unsigned long long seed;
     long long max_new, min_new;
     lco_sampling *s = &request.sampling;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OLOpLpfifffKOO", names, &prompt_object, &max_new, &eos_object, &ignore_eos, &min_new,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OLOpLpfifffKO", names, &prompt_object, &max_new, &eos_object, &ignore_eos, &min_new,
                                      &do_sample, &s->temperature, &top_k, &s->top_p, &s->min_p, &s->repetition_penalty, &seed,
-                                     &sequence_object_, &history_object))
+                                     &sequence_object_))
         return NULL;
     sequence_object *sequence;
-    Py_buffer prompt, eos, history;
+    Py_buffer prompt, eos;
     if (get_sequence(self, sequence_object_, &sequence) != 0)
         return NULL;
     if (lco_py_get_ids((PyObject *)self, prompt_object, "prompt", &prompt) != 0)
         return NULL;
     PyObject *id = NULL;
     if (lco_py_get_ids((PyObject *)self, eos_object, "eos", &eos) == 0) {
-        if (lco_py_get_ids((PyObject *)self, history_object, "history", &history) == 0) {
-            request.prompt = prompt.buf;
-            request.n_prompt = prompt.len / 4;
-            request.max_new_tokens = max_new;
-            request.min_new_tokens = min_new;
-            request.eos = eos.buf;
-            request.n_eos = (int32_t)(eos.len / 4);
-            request.ignore_eos = ignore_eos;
-            request.history = history.buf;
-            request.n_history = history.len / 4;
-            s->do_sample = do_sample;
-            s->top_k = top_k;
-            s->seed = seed;
-            id = add_request(self, &request, sequence);
-            PyBuffer_Release(&history);
-        }
+        request.prompt = prompt.buf;
+        request.n_prompt = prompt.len / 4;
+        request.max_new_tokens = max_new;
+        request.min_new_tokens = min_new;
+        request.eos = eos.buf;
+        request.n_eos = (int32_t)(eos.len / 4);
+        request.ignore_eos = ignore_eos;
+        s->do_sample = do_sample;
+        s->top_k = top_k;
+        s->seed = seed;
+        id = add_request(self, &request, sequence);
         PyBuffer_Release(&eos);
     }
     PyBuffer_Release(&prompt);
@@ -314,8 +308,7 @@ static PyObject *engine_close(engine_object *self, PyObject *Py_UNUSED(arg))
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)(void (*)(void))engine_add, METH_VARARGS | METH_KEYWORDS,
      "add(prompt, max_new_tokens, eos, ignore_eos, min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed, "
-     "sequence, "
-     "history)\n--\n\nQueue a request; returns its number. prompt, eos and history are int32 arrays."},
+     "sequence)\n--\n\nQueue a request; returns its number. prompt and eos are int32 arrays."},
     {"step", (PyCFunction)(void (*)(void))engine_step, METH_O,
      "step(events)\n--\n\nRun one step; appends (request, token, logprob, finish or None, exception or None) to the list `events`."},
     {"cancel", (PyCFunction)(void (*)(void))engine_cancel, METH_O, "cancel(request)\n--\n\nEnd a request at once and return its pages."},

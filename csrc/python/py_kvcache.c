@@ -1,4 +1,6 @@
 /* _core.KVCache and _core.Sequence. */
+#include <string.h>
+
 #include "dtypes.h"
 #include "module.h"
 
@@ -211,6 +213,31 @@ static PyObject *sequence_length(sequence_object *self, PyObject *Py_UNUSED(arg)
     return status == LCO_OK ? PyLong_FromLongLong(length) : lco_py_raise((PyObject *)self, &err);
 }
 
+static PyObject *sequence_ids(sequence_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_error err;
+    lco_status status;
+    lco_seq *seq;
+    PyObject *bytes;
+    int64_t length = 0, held = 0;
+    /* The bytes are made without the model's lock, and a sequence may have grown meanwhile. */
+    do {
+        LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), length = lco_seq_length(seq));
+        if (status != LCO_OK)
+            return lco_py_raise((PyObject *)self, &err);
+        bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length * 4);
+        if (bytes == NULL)
+            return NULL;
+        char *to = PyBytes_AsString(bytes);
+        LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)),
+               ((held = lco_seq_length(seq)) == length && length > 0 ? (void)memcpy(to, lco_seq_ids(seq), (size_t)length * 4) : (void)0));
+        if (status == LCO_OK && held == length)
+            return bytes;
+        Py_DECREF(bytes);
+    } while (status == LCO_OK);
+    return lco_py_raise((PyObject *)self, &err);
+}
+
 static PyObject *sequence_fork(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
     allocfunc alloc = (allocfunc)PyType_GetSlot(Py_TYPE((PyObject *)self), Py_tp_alloc);
@@ -278,6 +305,7 @@ static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
 }
 
 static PyMethodDef sequence_methods[] = {
+    {"ids", (PyCFunction)(void (*)(void))sequence_ids, METH_NOARGS, "ids()\n--\n\nThe ids of the tokens held, int32 as bytes."},
     {"length", (PyCFunction)(void (*)(void))sequence_length, METH_NOARGS, "length()\n--\n\nTokens held."},
     {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS,
      "fork()\n--\n\nA second sequence that shares all pages until one of them is written."},

@@ -323,7 +323,7 @@ static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, cons
     if (status == LCO_OK && call->logits != NULL)
         status = nan_check(call->logits, batch.n_logits, vocab, pos + call->n - batch.n_logits, err);
     if (status == LCO_OK)
-        lco_seq_commit(seq, call->n);
+        lco_seq_commit(seq, call->ids, call->n);
     else
         lco_seq_truncate(seq, pos, NULL); /* returns the pages reserved for nothing */
     return status;

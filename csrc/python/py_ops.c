@@ -318,7 +318,7 @@ done:
 
 typedef struct {
     lco_kv_view kv;
-    int64_t layer, n_pages;
+    int64_t n_layers, n_pages;
     lco_item items[MAX_ITEMS];
     Py_buffer tables[MAX_ITEMS];
     int64_t n_items, n_tables;
@@ -331,7 +331,7 @@ static void cache_release(cache_call *c)
     PyMem_Free(c);
 }
 
-/* cache: uint8 bytes of whole pages as formats.h lays them out, with page_bytes rounded up to 64. */
+/* cache: uint8 bytes of whole pages as formats.h lays them out, all layers of one type. */
 static bool take_cache(bag *b, cache_call *c, PyObject *cache_o, const char *dtype_name, int page_size, int n_layers, int n_kv_heads,
                        int head_dim, long long layer)
 {
@@ -344,20 +344,23 @@ static bool take_cache(bag *b, cache_call *c, PyObject *cache_o, const char *dty
         !check(head_dim >= 2 && head_dim % 2 == 0, "head_dim", head_dim, "an even number from 2") ||
         !check(layer >= 0 && layer < n_layers, "layer", layer, "0 to n_layers - 1"))
         return false;
+    size_t slice, page;
     c->kv.page_size = page_size;
-    c->kv.n_layers = n_layers;
     c->kv.n_kv_heads = n_kv_heads;
     c->kv.head_dim = head_dim;
-    if (!lco_kv_page_bytes(&c->kv, &c->kv.page_bytes)) {
+    c->n_layers = n_layers;
+    if (!lco_kv_slice_bytes(&c->kv, &slice) || !lco_mul(slice, (size_t)n_layers, &page)) {
         PyErr_SetString(PyExc_ValueError, "a page of this shape does not fit the address space");
         return false;
     }
     const Py_buffer *cache = take(b, cache_o, "cache", "B", 1, WRITE);
     if (cache == NULL || !check_packed(cache, "cache"))
         return false;
-    c->kv.base = cache->buf;
-    c->layer = layer;
-    c->n_pages = (int64_t)((size_t)cache->len / c->kv.page_bytes);
+    c->kv.page_bytes = page;
+    c->kv.slice_offset = slice * (size_t)layer;
+    c->kv.tail_offset = lco_tail_bytes(&c->kv) * (size_t)layer;
+    c->kv.base = (uint8_t *)cache->buf + c->kv.slice_offset;
+    c->n_pages = (int64_t)((size_t)cache->len / page);
     return true;
 }
 
@@ -410,8 +413,8 @@ static bool take_item(bag *b, cache_call *c, PyObject *object, int64_t m)
     if (!buffered)
         return true;
     c->kv.buffered = true;
-    return (item->tail = take_tail(b, c, tail_o, "tail", c->kv.n_layers)) != NULL &&
-           (item->next_tail = take_tail(b, c, next_o, "next_tail", c->kv.n_layers)) != NULL &&
+    return (item->tail = take_tail(b, c, tail_o, "tail", c->n_layers)) != NULL &&
+           (item->next_tail = take_tail(b, c, next_o, "next_tail", c->n_layers)) != NULL &&
            (item->own = take_tail(b, c, own_o, "own", lco_own_blocks(item))) != NULL;
 }
 
@@ -464,7 +467,6 @@ static PyObject *context_rope_append(PyObject *object, PyObject *args, PyObject 
         goto done;
     lco_rope_append_args a = {.q = q->buf, .k = k->buf, .v = v->buf, .cos = cos->buf, .sin = sin->buf, .kv = &c->kv, .items = c->items};
     a.n_items = c->n_items;
-    a.layer = c->layer;
     a.n_heads = q->shape[1];
     a.ld_q = row_stride(q);
     a.ld_kv = row_stride(k);
@@ -510,7 +512,7 @@ static PyObject *context_attention(PyObject *object, PyObject *args, PyObject *k
         !check(n_kv_heads >= 1 && n_heads % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
         !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) || !take_items(&b, c, items_o, m))
         goto done;
-    lco_attention_args a = {.out = out->buf, .q = q->buf, .kv = &c->kv, .items = c->items, .n_items = c->n_items, .layer = c->layer};
+    lco_attention_args a = {.out = out->buf, .q = q->buf, .kv = &c->kv, .items = c->items, .n_items = c->n_items};
     a.n_heads = n_heads;
     a.ld_out = row_stride(out);
     a.ld_q = row_stride(q);

@@ -28,7 +28,7 @@ static void greedy_equals_a_plain_loop(void)
         lco_batch batch = {
             .ids = ids + done, .items = &item, .n_items = 1, .n_rows = n - done, .logit_rows = &(int64_t){n - done - 1}, .n_logits = 1};
         CHECK_OK(lco_llama_forward(r.model, r.kv, &batch, logits, &check_err));
-        lco_seq_commit(seq, n - done);
+        lco_seq_commit(seq, ids + done, n - done);
         done = n;
         int32_t best = 0;
         double sum = 0.0;
@@ -182,8 +182,6 @@ static void sequences_go_on(void)
         second[i] = i;
     q.prompt = second;
     q.n_prompt = 12;
-    q.history = history;
-    q.n_history = 17;
     add(&r, &q);
     drain(&r, a);
     CHECK(lco_seq_length(seq) == 17 + 12 + 7, "length %lld", (long long)lco_seq_length(seq));
@@ -193,8 +191,6 @@ static void sequences_go_on(void)
     memcpy(whole + 17, second, 12 * sizeof *whole);
     q.prompt = whole;
     q.n_prompt = 29;
-    q.history = NULL;
-    q.n_history = 0;
     q.sequence = NULL;
     add(&r, &q);
     drain(&r, a);
@@ -241,7 +237,6 @@ static void bad_requests_are_refused(void)
     REFUSED((q.eos = (int32_t[]){61}, q.n_eos = 1), LCO_EINVAL, "eos[0] = 61");
     REFUSED(q.n_eos = 1, LCO_EINVAL, "n_eos = 1");
     REFUSED(q.n_eos = -1, LCO_EINVAL, "n_eos = -1");
-    REFUSED((q.history = (int32_t[]){0, 99}, q.n_history = 2), LCO_EINVAL, "history[1] = 99");
     REFUSED(q.sampling.top_p = 0.0f, LCO_EINVAL, "top_p = 0");
     CHECK(idle(&r) && pages_free(&r) == 8, "a refused request left something");
     q = good;

@@ -172,7 +172,7 @@ static void a_failed_step_keeps_its_events(void)
     lco_request large = simple(prompt, 40, 1), fits = simple(prompt, 20, 5);
     add(&r, &large);
     add(&r, &fits);
-    lco_mem_fail_at(2); /* the second's page table can be had, memory for its logits not */
+    lco_mem_fail_at(3); /* the second's page table and ids can be had, memory for its logits not */
     CHECK_ERROR(lco_engine_step(r.engine, events, 4, &n, &err), LCO_ENOMEM, &err, "logits");
     CHECK(lco_mem_fail_at(0) <= 0 && n == 0, "%lld events", (long long)n);
     CHECK_OK(lco_engine_check(r.engine, &check_err));

@@ -21,8 +21,8 @@ static lco_kv *make(int64_t pages)
 /* Element 0 of one (layer, key or value, head) of a token. */
 static float *slot(const lco_kv *kv, const lco_seq *seq, int64_t position, int layer, int which, int head)
 {
-    lco_kv_view view = lco_kv_get_view(kv);
-    return (float *)(void *)lco_kv_codes(&view, lco_seq_table(seq)[position / PAGE], layer, which, head) + position % PAGE * DIM;
+    const lco_kv_view *views = lco_kv_views(kv);
+    return (float *)(void *)lco_kv_codes(&views[layer], lco_seq_table(seq)[position / PAGE], which, head) + position % PAGE * DIM;
 }
 
 static float stamp(float value, int layer, int which, int head) { return value * 16 + (float)(layer * 4 + which * 2 + head); }
@@ -99,7 +99,7 @@ static bool append(lco_kv *kv, mirror *m, int64_t count, float first)
         write_token(kv, m->seq, m->n, m->values[m->n]);
         m->n++;
     }
-    lco_seq_commit(m->seq, count);
+    lco_seq_commit(m->seq, NULL, count);
     return true;
 }
 
@@ -217,31 +217,32 @@ static void offsets_are_64_bit(void)
     lco_kv_options options = {.n_layers = 32, .n_kv_heads = 8, .head_dim = 32, .dtype = LCO_F32, .page_size = 16, .max_tokens = 16 * 8192};
     lco_kv *kv;
     CHECK_OK(lco_kv_create(&options, &kv, &check_err));
-    lco_kv_view view = lco_kv_get_view(kv);
-    CHECK(view.page_bytes == (size_t)1 << 20, "%zu bytes a page", view.page_bytes);
+    const lco_kv_view *views = lco_kv_views(kv);
+    CHECK(views->page_bytes == (size_t)1 << 20, "%zu bytes a page", views->page_bytes);
     lco_seq *seq;
     CHECK_OK(lco_seq_create(kv, &seq, &check_err));
     CHECK_OK(lco_seq_reserve(seq, 16 * 8192, &check_err));
     int64_t at[8192 / 4096 + 1] = {0, 4096, 8191};
     for (int i = 0; i < 3; i++) {
-        uint8_t *last = lco_kv_codes(&view, lco_seq_table(seq)[at[i]], 31, LCO_VALUE, 7) + 16 * 32 * 4 - 4;
-        CHECK((size_t)(last + 4 - view.base) == ((size_t)lco_seq_table(seq)[at[i]] + 1) << 20, "page %lld ends at %zu", (long long)at[i],
-              (size_t)(last + 4 - view.base));
+        uint8_t *last = lco_kv_codes(&views[31], lco_seq_table(seq)[at[i]], LCO_VALUE, 7) + 16 * 32 * 4 - 4;
+        CHECK((size_t)(last + 4 - views->base) == ((size_t)lco_seq_table(seq)[at[i]] + 1) << 20, "page %lld ends at %zu", (long long)at[i],
+              (size_t)(last + 4 - views->base));
         *(float *)(void *)last = (float)at[i] + 0.5f;
     }
     for (int i = 0; i < 3; i++)
-        CHECK(*(float *)(void *)(lco_kv_codes(&view, lco_seq_table(seq)[at[i]], 31, LCO_VALUE, 7) + 16 * 32 * 4 - 4) == (float)at[i] + 0.5f,
+        CHECK(*(float *)(void *)(lco_kv_codes(&views[31], lco_seq_table(seq)[at[i]], LCO_VALUE, 7) + 16 * 32 * 4 - 4) ==
+                  (float)at[i] + 0.5f,
               "page %lld was overwritten", (long long)at[i]);
 
     CHECK_OK(lco_seq_truncate(seq, 0, &check_err));
     CHECK_OK(lco_seq_reserve(seq, 16 * 5000, &check_err));
-    lco_seq_commit(seq, 16 * 5000 - 1);
-    float *open = (float *)(void *)lco_kv_codes(&view, lco_seq_table(seq)[4999], 31, LCO_VALUE, 7);
+    lco_seq_commit(seq, NULL, 16 * 5000 - 1);
+    float *open = (float *)(void *)lco_kv_codes(&views[31], lco_seq_table(seq)[4999], LCO_VALUE, 7);
     open[5] = 4999.5f;
     lco_seq *fork;
     CHECK_OK(lco_seq_fork(seq, &fork, &check_err));
     CHECK_OK(lco_seq_reserve(fork, 1, &check_err)); /* copies page 4999 to page 5000 */
-    float *copy = (float *)(void *)lco_kv_codes(&view, lco_seq_table(fork)[4999], 31, LCO_VALUE, 7);
+    float *copy = (float *)(void *)lco_kv_codes(&views[31], lco_seq_table(fork)[4999], LCO_VALUE, 7);
     CHECK(copy != open && copy[5] == 4999.5f, "the copy holds %g", (double)copy[5]);
     lco_kv_destroy(kv);
 }
@@ -271,16 +272,16 @@ static void memory_follows_use(void)
     lco_seq *seq;
     CHECK_OK(lco_seq_create(kv, &seq, &check_err));
     CHECK_OK(lco_seq_reserve(seq, 640, &check_err));
-    lco_kv_view view = lco_kv_get_view(kv);
+    const lco_kv_view *views = lco_kv_views(kv);
     for (int p = 0; p < 5; p++)
-        memset(view.base + (size_t)lco_seq_table(seq)[p] * view.page_bytes, 1, view.page_bytes);
+        memset(views->base + (size_t)lco_seq_table(seq)[p] * views->page_bytes, 1, views->page_bytes);
     s = lco_kv_get_stats(kv);
     CHECK(s.resident_bytes == 5 * s.page_bytes, "%lld bytes resident, 5 pages of %lld written", (long long)s.resident_bytes,
           (long long)s.page_bytes);
-    CHECK(resident(view.base, 4096 * view.page_bytes) == s.resident_bytes, "%lld bytes by the system's count",
-          (long long)resident(view.base, 4096 * view.page_bytes));
+    CHECK(resident(views->base, 4096 * views->page_bytes) == s.resident_bytes, "%lld bytes by the system's count",
+          (long long)resident(views->base, 4096 * views->page_bytes));
     CHECK_OK(lco_seq_truncate(seq, 0, &check_err));
-    CHECK(resident(view.base, 4096 * view.page_bytes) == 0, "freed pages stay in memory");
+    CHECK(resident(views->base, 4096 * views->page_bytes) == 0, "freed pages stay in memory");
     s = lco_kv_get_stats(kv);
     CHECK(s.resident_bytes == 0 && s.pages_free == 4096, "%lld bytes resident after all", (long long)s.resident_bytes);
     lco_kv_destroy(kv);
@@ -330,7 +331,7 @@ static void allocations_fail_in(const lco_kv_options *options)
         lco_status status = lco_kv_create(options, &kv, &err);
         if (status == LCO_OK && (status = lco_seq_create(kv, &a, &err)) == LCO_OK &&
             (status = lco_seq_reserve(a, 5 * PAGE, &err)) == LCO_OK) {
-            lco_seq_commit(a, 4 * PAGE + 1);
+            lco_seq_commit(a, NULL, 4 * PAGE + 1);
             if ((status = lco_seq_hold(a, PAGE, &err)) == LCO_OK && (status = lco_seq_fork(a, &b, &err)) == LCO_OK)
                 status = lco_seq_reserve(b, 12 * PAGE, &err);
         }

@@ -35,23 +35,25 @@ static void run_of(const uint16_t rows[][ELEMENTS], int run, uint16_t out[LCO_KV
         memcpy(out + t * DIM, rows[t] + run * DIM, DIM * sizeof *out);
 }
 
-static uint8_t *codes_at(const lco_kv_view *view, const lco_seq *seq, int64_t block, int run, float **scale)
+static uint8_t *codes_at(const lco_kv_view *views, const lco_seq *seq, int64_t block, int run, float **scale)
 {
+    const lco_kv_view *view = &views[run / (2 * HEADS)];
     const int64_t page = lco_seq_table(seq)[block * LCO_KV_BLOCK / view->page_size], at = block % (view->page_size / LCO_KV_BLOCK);
-    const int layer = run / (2 * HEADS), which = run / HEADS % 2, head = run % HEADS;
-    *scale = lco_kv_scales(view, page, layer, which, head) + at;
-    return lco_kv_codes(view, page, layer, which, head) + at * LCO_KV_BLOCK * DIM;
+    const int which = run / HEADS % 2, head = run % HEADS;
+    *scale = lco_kv_scales(view, page, which, head) + at;
+    return lco_kv_codes(view, page, which, head) + at * LCO_KV_BLOCK * DIM;
 }
 
-static uint16_t *tail_at(const lco_kv_view *view, uint8_t *tail, int run)
+static uint16_t *tail_at(const lco_kv_view *views, uint8_t *tail, int run)
 {
-    return lco_tail_rows(view, tail + (size_t)(run / (2 * HEADS)) * lco_tail_bytes(view), run / HEADS % 2, run % HEADS);
+    const lco_kv_view *view = &views[run / (2 * HEADS)];
+    return lco_tail_rows(view, tail + view->tail_offset, run / HEADS % 2, run % HEADS);
 }
 
 /* What rope_append does with rows [from, to) of the model: whole blocks to the page, the unfinished one to the tail it belongs to. */
 static void write_rows(const lco_kv *kv, const mirror *m, int64_t from, int64_t to)
 {
-    const lco_kv_view view = lco_kv_get_view(kv);
+    const lco_kv_view *views = lco_kv_views(kv);
     for (int64_t block = from / LCO_KV_BLOCK; block * LCO_KV_BLOCK < to; block++) {
         const int64_t start = block * LCO_KV_BLOCK, first = start > from ? start : from;
         uint8_t *tail = block == from / LCO_KV_BLOCK ? lco_seq_tail(m->seq) : lco_seq_next_tail(m->seq);
@@ -59,33 +61,33 @@ static void write_rows(const lco_kv *kv, const mirror *m, int64_t from, int64_t 
             if (to >= start + LCO_KV_BLOCK) {
                 uint16_t values[LCO_KV_BLOCK * DIM];
                 float *scale;
-                uint8_t *codes = codes_at(&view, m->seq, block, run, &scale);
+                uint8_t *codes = codes_at(views, m->seq, block, run, &scale);
                 run_of(&m->rows[start], run, values);
-                lco_encode_block(codes, scale, values, LCO_KV_BLOCK * DIM, view.dtype);
+                lco_encode_block(codes, scale, values, LCO_KV_BLOCK * DIM, views->dtype);
                 continue;
             }
             for (int64_t t = first; t < to; t++)
-                memcpy(tail_at(&view, tail, run) + (t - start) * DIM, m->rows[t] + run * DIM, DIM * sizeof(uint16_t));
+                memcpy(tail_at(views, tail, run) + (t - start) * DIM, m->rows[t] + run * DIM, DIM * sizeof(uint16_t));
         }
     }
 }
 
 static int64_t differences(const lco_kv *kv, const mirror *m)
 {
-    const lco_kv_view view = lco_kv_get_view(kv);
+    const lco_kv_view *views = lco_kv_views(kv);
     int64_t wrong = 0;
     for (int run = 0; run < RUNS; run++) {
         for (int64_t block = 0; block < m->n / LCO_KV_BLOCK; block++) {
             uint16_t values[LCO_KV_BLOCK * DIM];
             uint8_t codes[LCO_KV_BLOCK * DIM];
             float scale, *found_scale;
-            const uint8_t *found = codes_at(&view, m->seq, block, run, &found_scale);
+            const uint8_t *found = codes_at(views, m->seq, block, run, &found_scale);
             run_of(&m->rows[block * LCO_KV_BLOCK], run, values);
-            lco_encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, view.dtype);
+            lco_encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, views->dtype);
             wrong += memcmp(codes, found, sizeof codes) != 0 || scale != *found_scale;
         }
         for (int64_t t = m->n / LCO_KV_BLOCK * LCO_KV_BLOCK; t < m->n; t++)
-            wrong += memcmp(tail_at(&view, lco_seq_tail(m->seq), run) + t % LCO_KV_BLOCK * DIM, m->rows[t] + run * DIM,
+            wrong += memcmp(tail_at(views, lco_seq_tail(m->seq), run) + t % LCO_KV_BLOCK * DIM, m->rows[t] + run * DIM,
                             DIM * sizeof(uint16_t)) != 0;
     }
     return wrong;
@@ -107,7 +109,7 @@ static bool append(lco_kv *kv, mirror *m, int64_t count, stream *s)
         return false;
     new_rows(m, m->n, m->n + count, s);
     write_rows(kv, m, m->n, m->n + count);
-    lco_seq_commit(m->seq, count);
+    lco_seq_commit(m->seq, NULL, count);
     m->n += count;
     return true;
 }
@@ -220,8 +222,8 @@ static void tails_are_counted(void)
     lco_seq *fork;
     stream s = {.seed = 2};
     CHECK_OK(lco_kv_create(&options, &kv, &check_err));
-    const lco_kv_view view = lco_kv_get_view(kv);
-    const size_t bytes = lco_tail_bytes(&view) * LAYERS;
+    const lco_kv_view *views = lco_kv_views(kv);
+    const size_t bytes = lco_tail_bytes(views) * LAYERS;
     m = (mirror){0};
     CHECK_OK(lco_seq_create(kv, &m.seq, &check_err));
     CHECK(lco_seq_tail(m.seq) == NULL && lco_seq_next_tail(m.seq) == NULL, "a tail before the first reserve");

@@ -248,11 +248,11 @@ def test_strided_rows(ctx, rng):
 def test_pages_beyond_four_gib(ctx, rng, prompt, tmp_path):
     d, layers, n_pages = 128, 40, 3300  # 1,310,720 bytes a page
     pool = oracle.Pages(1, layers, 1, d, 64, "bfloat16")
-    data = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=n_pages * pool.page_bytes)
+    pool.data = data = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=n_pages * pool.page_bytes)
     table = np.array([n_pages - 1, 5], np.int32)
     k, v = (oracle.encode(rng.standard_normal((70, 1, d)), "bfloat16") for _ in range(2))
     for t in range(70):
-        page = data[int(table[t // 64]) * pool.page_bytes :][: pool.used].view(np.uint16).reshape(pool.shape)
+        page = pool.page(int(table[t // 64]))
         page[-1, 0, :, t % 64], page[-1, 1, :, t % 64] = k[t], v[t]
     q = rng.standard_normal((1, 2, d)).astype(np.float32)
     out = np.empty_like(q)

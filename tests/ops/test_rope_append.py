@@ -101,11 +101,11 @@ def test_strided_rows(ctx, rng):
 def test_page_beyond_four_gib(ctx, rng, tmp_path):
     d, layers, pages = 128, 40, 3300  # 1,310,720 bytes a page
     pool = oracle.Pages(1, layers, 1, d, 64, "bfloat16")
-    data = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=pages * pool.page_bytes)
+    pool.data = data = np.memmap(tmp_path / "sparse", np.uint8, "w+", shape=pages * pool.page_bytes)
     q, k, v = inputs(rng, 1, 1, 1, d)
     cos, sin = angles(rng, 1, d)
     ctx.rope_append(q, k, v, cos, sin, data, "bfloat16", 64, layers, layers - 1, [(np.array([pages - 1], np.int32), 0, 1, 63, False)])
-    page = data[-pool.page_bytes :].view(np.uint16).reshape(pool.shape)
+    page = pool.page(pages - 1)
     assert np.array_equal(page[-1, 0, 0, -1], oracle.encode(k[0, 0], "bfloat16"))
     assert np.array_equal(page[-1, 1, 0, -1], oracle.encode(v[0, 0], "bfloat16"))
     assert not data[: pool.page_bytes].any(), "page 0 was written"

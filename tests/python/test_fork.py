@@ -157,7 +157,7 @@ def child():
         lambda: model.forward([4], seq), lambda: model.forward([4]), model._core.info, lambda: llmcoopt.KVCache(model), cache.sequence,
         cache.stats, cache.check, lambda: len(seq), seq.fork, lambda: seq.truncate(0), lambda: next(running), running._engine.stats,
         running._engine.check, lambda: running._engine.cancel(0), lambda: llmcoopt._core.Engine(cache._core),
-        lambda: running._engine.add(none, 8, none, True, 0, False, 1.0, 0, 1.0, 0.0, 1.0, 0, None, none),
+        lambda: running._engine.add(none, 8, none, True, 0, False, 1.0, 0, 1.0, 0.0, 1.0, 0, None),
         lambda: model.generate([[1, 2]], max_new_tokens=2), lambda: llmcoopt.generate(model, [1], cache=cache),
     ]
     for i, call in enumerate(calls):

@@ -93,7 +93,7 @@ prompt, none = np.arange(20, dtype=np.int32), np.zeros(0, dtype=np.int32)
 for n in rounds(4):
     engine = _core.Engine(cache._core, max_batch=4)
     def add():
-        engine.add(prompt, 8, none, True, 0, False, 1.0, 0, 1.0, 0.0, 1.0, 0, cache._core.sequence(), none)
+        engine.add(prompt, 8, none, True, 0, False, 1.0, 0, 1.0, 0.0, 1.0, 0, cache._core.sequence())
     threads = [start(add), start(engine.step, []), start(engine.check), start(engine.stats), start(engine.cancel, 3)]
     time.sleep(0.002 * (n % 5))
     engine.close()

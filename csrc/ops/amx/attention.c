@@ -26,6 +26,7 @@ _Static_assert(BLOCK % STEP == 0 && BLOCK <= 64, "whole steps; a bit for each po
 
 /* Rows and sums of a unit, in the thread's scratch. `d` is padded to `width`, whole steps, with zeros. */
 typedef struct {
+    int thread;
     int64_t rows, panels, d, width;
     uint32_t *q;                     /* [panels][width / 2][TILE], pairs of head dimensions */
     float *sums;                     /* [panels][width][TILE] */
@@ -55,12 +56,12 @@ static int64_t prompt_scratch(const attention_job *job)
     return unit_panels(job) * panel_floats + 2 * BLOCK * TILE + 3 * BLOCK * width / 2;
 }
 
-static row_unit carve(const attention_job *job, const unit *u, float *scratch)
+static row_unit carve(const attention_job *job, const unit *u, int thread)
 {
-    row_unit b = {.rows = u->count * job->group, .d = job->args->kv->head_dim, .width = padded(job)};
+    row_unit b = {.thread = thread, .rows = u->count * job->group, .d = job->args->kv->head_dim, .width = padded(job)};
     const int64_t panels = unit_panels(job), block = BLOCK * b.width / 2;
     b.panels = round_up(b.rows, TILE) / TILE;
-    b.sums = scratch;
+    b.sums = scratch_of(job, thread);
     b.base = b.sums + panels * b.width * TILE;
     b.total = b.base + panels * TILE;
     b.token = (int32_t *)(b.total + panels * TILE);
@@ -172,10 +173,11 @@ static const uint16_t *stage_run(const attention_job *job, const unit *u, const 
         k->keys[g] = own_keys;
         return own_values;
     }
-    const int64_t page = u->item->table[t / kv->page_size], offset = t % kv->page_size * b->d;
+    const uint8_t *slice = lco_kv_read(kv, b->thread, u->item->table[t / kv->page_size], u->head, 1);
+    const int64_t offset = t % kv->page_size * b->d;
     const bool as_it_lies = from == 0 && to == TILE && b->d == b->width;
-    k->keys[g] = (const uint16_t *)lco_kv_codes(kv, page, job->args->layer, LCO_KEY, u->head) + offset;
-    k->values[g] = (const uint16_t *)lco_kv_codes(kv, page, job->args->layer, LCO_VALUE, u->head) + offset;
+    k->keys[g] = (const uint16_t *)lco_read_codes(kv, slice, LCO_KEY, u->head) + offset;
+    k->values[g] = (const uint16_t *)lco_read_codes(kv, slice, LCO_VALUE, u->head) + offset;
     if (!as_it_lies) {
         copy_rows(own_keys, k->keys[g], b, from, to, false);
         k->keys[g] = own_keys;
@@ -403,10 +405,10 @@ static void store_rows(const attention_job *job, const unit *u, const row_unit *
     }
 }
 
-static void prompt_unit(const attention_job *job, const unit *u, float *scratch)
+static void prompt_unit(const attention_job *job, const unit *u, int thread)
 {
     const int64_t first_pos = u->item->pos + u->first, end = first_pos + u->count, first = first_seen(job->args, first_pos);
-    const row_unit b = carve(job, u, scratch);
+    const row_unit b = carve(job, u, thread);
     load_queries(job, u, &b);
     tiles_begin();
     for (int64_t begin = first / BLOCK * BLOCK; begin < end; begin += BLOCK) {

@@ -18,19 +18,19 @@ typedef struct {
 } stored;
 
 /* As a query at position `reader` finds it. */
-static stored find(const attention_job *job, int64_t reader, int64_t position, int64_t which, int64_t head)
+static stored find(const attention_job *job, int thread, int64_t reader, int64_t position, int64_t which, int64_t head)
 {
     const lco_kv_view *kv = job->args->kv;
-    const int64_t layer = job->args->layer, block = position / LCO_KV_BLOCK, slot = position % kv->page_size;
+    const int64_t block = position / LCO_KV_BLOCK, slot = position % kv->page_size;
     if (kv->buffered && block == reader / LCO_KV_BLOCK) {
-        const uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, job->item, layer, block), which, head);
+        const uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, job->item, block), which, head);
         return (stored){(const uint8_t *)(rows + position % LCO_KV_BLOCK * kv->head_dim), LCO_BF16, 1};
     }
-    const int64_t page = job->item->table[position / kv->page_size];
-    stored s = {lco_kv_codes(kv, page, layer, which, head), kv->dtype, 1};
+    const uint8_t *slice = lco_kv_read(kv, thread, job->item->table[position / kv->page_size], head, 1);
+    stored s = {lco_read_codes(kv, slice, which, head), kv->dtype, 1};
     s.codes += (size_t)slot * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
     if (lco_dtype_scaled(kv->dtype))
-        s.scale = lco_kv_scales(kv, page, layer, which, head)[slot / LCO_KV_BLOCK];
+        s.scale = lco_read_scales(kv, slice, which, head)[slot / LCO_KV_BLOCK];
     return s;
 }
 
@@ -40,14 +40,14 @@ static double element(const stored *s, int64_t j)
 }
 
 /* One query row of one head: scores, softmax, weighted sum of the values, as the formula is written. */
-static void attend(const attention_job *job, const float *q, float *out, int64_t position, int64_t kv_head, double *p)
+static void attend(const attention_job *job, int thread, const float *q, float *out, int64_t position, int64_t kv_head)
 {
     const lco_kv_view *kv = job->args->kv;
-    double *sum = p + job->item->pos + job->item->len;
+    double *p = job->scratch + thread * job->stride, *sum = p + job->item->pos + job->item->len;
     int64_t first = job->args->window > 0 && position >= job->args->window ? position - job->args->window + 1 : 0;
     double largest = -INFINITY, total = 0;
     for (int64_t t = first; t <= position; t++) {
-        const stored key = find(job, position, t, LCO_KEY, kv_head);
+        const stored key = find(job, thread, position, t, LCO_KEY, kv_head);
         p[t] = 0;
         for (int64_t j = 0; j < kv->head_dim; j++)
             p[t] += q[j] * element(&key, j);
@@ -57,7 +57,7 @@ static void attend(const attention_job *job, const float *q, float *out, int64_t
     for (int64_t j = 0; j < kv->head_dim; j++)
         sum[j] = 0;
     for (int64_t t = first; t <= position; t++) {
-        const stored value = find(job, position, t, LCO_VALUE, kv_head);
+        const stored value = find(job, thread, position, t, LCO_VALUE, kv_head);
         p[t] = exp(p[t] - largest);
         total += p[t];
         for (int64_t j = 0; j < kv->head_dim; j++)
@@ -74,8 +74,7 @@ static void attention_row_heads(void *ctx, int64_t begin, int64_t end, int threa
     const int64_t group = a->n_heads / a->kv->n_kv_heads, d = a->kv->head_dim;
     for (int64_t i = begin; i < end; i++) {
         int64_t token = i / a->n_heads, head = i % a->n_heads, row = job->item->row + token;
-        attend(job, a->q + row * a->ld_q + head * d, a->out + row * a->ld_out + head * d, job->item->pos + token, head / group,
-               job->scratch + thread * job->stride);
+        attend(job, thread, a->q + row * a->ld_q + head * d, a->out + row * a->ld_out + head * d, job->item->pos + token, head / group);
     }
 }
 

@@ -16,9 +16,9 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half)
     }
 }
 
-static void store_row(const lco_kv_view *kv, int64_t page, int64_t layer, int64_t which, int64_t head, int64_t slot, const float *x)
+static void store_row(const lco_kv_view *kv, int64_t page, int64_t which, int64_t head, int64_t slot, const float *x)
 {
-    uint8_t *codes = lco_kv_codes(kv, page, layer, which, head);
+    uint8_t *codes = lco_kv_codes(kv, page, which, head);
     for (int64_t j = 0; j < kv->head_dim; j++)
         lco_set_element(codes, slot * kv->head_dim + j, kv->dtype, x[j]);
 }
@@ -41,8 +41,8 @@ static void rope_tokens(void *ctx, int64_t begin, int64_t end, int thread)
             rotate(k, cos, sin, half);
             if (lco_dtype_scaled(kv->dtype))
                 continue;
-            store_row(kv, page, a->layer, LCO_KEY, h, slot, k);
-            store_row(kv, page, a->layer, LCO_VALUE, h, slot, a->v + row * a->ld_kv + h * kv->head_dim);
+            store_row(kv, page, LCO_KEY, h, slot, k);
+            store_row(kv, page, LCO_VALUE, h, slot, a->v + row * a->ld_kv + h * kv->head_dim);
         }
     }
 }

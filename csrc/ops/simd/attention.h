@@ -44,6 +44,8 @@ typedef struct {
     int64_t scratch_stride, pairs; /* of a query row and a position, at most */
 } attention_job;
 
+static float *scratch_of(const attention_job *job, int thread) { return job->scratch + thread * job->scratch_stride; }
+
 /* e^a for one number, the same bits as in a vector. */
 INLINE float exp_one(float a)
 {
@@ -73,7 +75,7 @@ static int64_t prompt_tokens(const attention_job *job) { return job->group >= PR
 
 /* The work of a prompt unit, and how many floats of scratch a thread needs for it. A file that defines OWN_PROMPT_UNIT has its own. */
 static int64_t prompt_scratch(const attention_job *job);
-static void prompt_unit(const attention_job *job, const unit *u, float *scratch);
+static void prompt_unit(const attention_job *job, const unit *u, int thread);
 #ifndef OWN_PROMPT_UNIT
 #include "attention_prompt.h"
 #endif
@@ -81,12 +83,11 @@ static void prompt_unit(const attention_job *job, const unit *u, float *scratch)
 static void run_units(void *ctx, int64_t begin, int64_t end, int thread)
 {
     const attention_job *job = ctx;
-    float *scratch = job->scratch + thread * job->scratch_stride;
     for (int64_t i = begin; i < end; i++) {
         if (job->units[i].item->prompt)
-            prompt_unit(job, &job->units[i], scratch);
+            prompt_unit(job, &job->units[i], thread);
         else
-            decode_unit(job, &job->units[i], scratch);
+            decode_unit(job, &job->units[i], thread);
     }
 }
 

@@ -232,20 +232,18 @@ static void load_decode_query(const attention_job *job, const unit *u, float *sc
     }
 }
 
-/* Positions [begin, end) of one page. `next`: the page that is read after it. */
-static void decode_page(const attention_job *job, const unit *u, const float *scaled, int32_t page, int32_t next, int64_t begin,
-                        int64_t end)
+/* Positions [begin, end) of one page, whose slice was read. `next`: the slice that is read after it, to be prefetched. */
+static void decode_page(const attention_job *job, const unit *u, const float *scaled, const uint8_t *slice, const uint8_t *next,
+                        int64_t begin, int64_t end)
 {
-    const lco_attention_args *a = job->args;
-    const lco_kv_view *kv = a->kv;
+    const lco_kv_view *kv = job->args->kv;
     const int64_t d = kv->head_dim;
-    const size_t code_bytes = lco_dtype_bytes(kv->dtype), run = (size_t)kv->page_size * (size_t)d * code_bytes;
-    const uint8_t *keys = lco_kv_codes(kv, page, a->layer, LCO_KEY, u->head);
-    const uint8_t *values = lco_kv_codes(kv, page, a->layer, LCO_VALUE, u->head);
+    const size_t code_bytes = lco_dtype_bytes(kv->dtype), run = lco_kv_run_bytes(kv);
+    const uint8_t *keys = lco_read_codes(kv, slice, LCO_KEY, u->head), *values = lco_read_codes(kv, slice, LCO_VALUE, u->head);
     for (int64_t h = 0; h < u->heads; h++, keys += run, values += run) {
         const bool last = h + 1 == u->heads;
-        const uint8_t *next_keys = last ? lco_kv_codes(kv, next, a->layer, LCO_KEY, u->head) : keys + run;
-        const uint8_t *next_values = last ? lco_kv_codes(kv, next, a->layer, LCO_VALUE, u->head) : values + run;
+        const uint8_t *next_keys = last ? lco_read_codes(kv, next, LCO_KEY, u->head) : keys + run;
+        const uint8_t *next_values = last ? lco_read_codes(kv, next, LCO_VALUE, u->head) : values + run;
         for (int64_t t = begin, stop; t < end; t = stop) {
             stop = (t / BLOCK + 1) * BLOCK < end ? (t / BLOCK + 1) * BLOCK : end;
             const size_t offset = (size_t)(t * d) * code_bytes;
@@ -255,8 +253,8 @@ static void decode_page(const attention_job *job, const unit *u, const float *sc
                 b.next_values = next_values + offset;
             }
             if (lco_dtype_scaled(kv->dtype)) {
-                b.key_scales = lco_kv_scales(kv, page, a->layer, LCO_KEY, u->head + h) + t / LCO_KV_BLOCK;
-                b.value_scales = lco_kv_scales(kv, page, a->layer, LCO_VALUE, u->head + h) + t / LCO_KV_BLOCK;
+                b.key_scales = lco_read_scales(kv, slice, LCO_KEY, u->head + h) + t / LCO_KV_BLOCK;
+                b.value_scales = lco_read_scales(kv, slice, LCO_VALUE, u->head + h) + t / LCO_KV_BLOCK;
                 b.skip = t % LCO_KV_BLOCK;
             }
             attend_heads(job, u, scaled, h, &b, kv->dtype);
@@ -267,9 +265,8 @@ static void decode_page(const attention_job *job, const unit *u, const float *sc
 /* Positions [begin, end) of the block that the query is in, from 16 bit. */
 static void decode_own_block(const attention_job *job, const unit *u, const float *scaled, int64_t begin, int64_t end)
 {
-    const lco_attention_args *a = job->args;
-    const lco_kv_view *kv = a->kv;
-    uint8_t *own = lco_own_block(kv, u->item, a->layer, begin / LCO_KV_BLOCK);
+    const lco_kv_view *kv = job->args->kv;
+    uint8_t *own = lco_own_block(kv, u->item, begin / LCO_KV_BLOCK);
     for (int64_t h = 0; h < u->heads; h++) {
         const int64_t offset = begin % LCO_KV_BLOCK * kv->head_dim;
         const uint16_t *keys = lco_tail_rows(kv, own, LCO_KEY, u->head + h) + offset;
@@ -283,18 +280,21 @@ static void decode_own_block(const attention_job *job, const unit *u, const floa
     }
 }
 
-static void decode_unit(const attention_job *job, const unit *u, float *scaled)
+static void decode_unit(const attention_job *job, const unit *u, int thread)
 {
     const lco_attention_args *a = job->args;
     const int64_t page_size = a->kv->page_size, last_page = u->first + u->count - 1, pos = u->item->pos;
     const int64_t seen = first_seen(a, pos), coded = coded_end(a, pos);
+    float *scaled = scratch_of(job, thread);
     load_decode_query(job, u, scaled);
     for (int64_t page = u->first; page <= last_page; page++) {
         const int64_t start = page * page_size, begin = start > seen ? start : seen,
                       end = start + page_size < coded ? start + page_size : coded;
-        if (begin < end)
-            decode_page(job, u, scaled, u->item->table[page], u->item->table[page < last_page ? page + 1 : page], begin - start,
-                        end - start);
+        if (begin >= end)
+            continue;
+        const int32_t at = u->item->table[page], next = u->item->table[page < last_page ? page + 1 : page];
+        const uint8_t *slice = lco_kv_read(a->kv, thread, at, u->head, u->heads);
+        decode_page(job, u, scaled, slice, lco_kv_away(a->kv, next) ? slice : lco_kv_slice(a->kv, next), begin - start, end - start);
     }
     if (coded <= pos && last_page == pos / page_size)
         decode_own_block(job, u, scaled, coded > seen ? coded : seen, pos + 1);

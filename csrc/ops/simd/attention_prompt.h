@@ -101,20 +101,22 @@ static void convert_any(const prompt_block *b, lco_dtype dtype, const uint8_t *k
 }
 
 /* Positions [first, end) of the block that begins at `begin`, from one or more pages. Whole vectors of columns never cross a page. */
-static void convert_block(const attention_job *job, const unit *u, const prompt_block *b, int64_t begin, int64_t first, int64_t end)
+static void convert_block(const attention_job *job, const unit *u, int thread, const prompt_block *b, int64_t begin, int64_t first,
+                          int64_t end)
 {
     const lco_kv_view *kv = job->args->kv;
     for (int64_t t = first, stop; t < end; t = stop) {
         const int64_t page = t / kv->page_size, skip = (t - begin) % LCO_KV_BLOCK, from = t - skip;
         stop = (page + 1) * kv->page_size < end ? (page + 1) * kv->page_size : end;
         const size_t offset = (size_t)(from % kv->page_size * b->d) * lco_dtype_bytes(kv->dtype);
-        const uint8_t *keys = lco_kv_codes(kv, u->item->table[page], job->args->layer, LCO_KEY, u->head) + offset;
-        const uint8_t *values = lco_kv_codes(kv, u->item->table[page], job->args->layer, LCO_VALUE, u->head) + offset;
+        const uint8_t *slice = lco_kv_read(kv, thread, u->item->table[page], u->head, 1);
+        const uint8_t *keys = lco_read_codes(kv, slice, LCO_KEY, u->head) + offset;
+        const uint8_t *values = lco_read_codes(kv, slice, LCO_VALUE, u->head) + offset;
         const float *key_scales = NULL, *value_scales = NULL;
         if (lco_dtype_scaled(kv->dtype)) {
             const int64_t block = from % kv->page_size / LCO_KV_BLOCK;
-            key_scales = lco_kv_scales(kv, u->item->table[page], job->args->layer, LCO_KEY, u->head) + block;
-            value_scales = lco_kv_scales(kv, u->item->table[page], job->args->layer, LCO_VALUE, u->head) + block;
+            key_scales = lco_read_scales(kv, slice, LCO_KEY, u->head) + block;
+            value_scales = lco_read_scales(kv, slice, LCO_VALUE, u->head) + block;
         }
         convert_any(b, kv->dtype, keys, values, key_scales, value_scales, from - begin, skip, stop - from);
     }
@@ -277,21 +279,21 @@ static void attend_tiles(const attention_job *job, const prompt_block *b, int64_
     }
 }
 
-static void prompt_unit(const attention_job *job, const unit *u, float *scratch)
+static void prompt_unit(const attention_job *job, const unit *u, int thread)
 {
     const lco_attention_args *a = job->args;
     const int64_t page_size = a->kv->page_size, first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1;
     const int64_t seen_first = first_seen(a, first_pos), coded = coded_end(a, last_pos);
-    prompt_block b = carve(job, u, scratch);
+    prompt_block b = carve(job, u, scratch_of(job, thread));
     load_queries(job, u, &b);
     for (int64_t begin = block_begin(page_size, seen_first), end; begin < coded; begin = end) {
         end = block_end(page_size, begin);
-        convert_block(job, u, &b, begin, begin > seen_first ? begin : seen_first, end < coded ? end : coded);
+        convert_block(job, u, thread, &b, begin, begin > seen_first ? begin : seen_first, end < coded ? end : coded);
         attend_tiles(job, &b, first_pos, begin, end, false);
     }
     for (int64_t begin = coded_end(a, first_pos); a->kv->buffered && begin <= last_pos; begin += LCO_KV_BLOCK) {
         const int64_t end = begin + LCO_KV_BLOCK;
-        uint8_t *own = lco_own_block(a->kv, u->item, a->layer, begin / LCO_KV_BLOCK);
+        uint8_t *own = lco_own_block(a->kv, u->item, begin / LCO_KV_BLOCK);
         convert_any(&b, LCO_BF16, (const uint8_t *)lco_tail_rows(a->kv, own, LCO_KEY, u->head),
                     (const uint8_t *)lco_tail_rows(a->kv, own, LCO_VALUE, u->head), NULL, NULL, 0, 0,
                     (end <= last_pos ? end : last_pos + 1) - begin);

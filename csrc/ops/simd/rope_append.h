@@ -34,8 +34,8 @@ static void rope_token(const lco_rope_append_args *a, int64_t row, int64_t page,
         rotate(k, cos, sin, half);
         if (lco_dtype_scaled(kv->dtype))
             continue;
-        store_codes(lco_kv_codes(kv, page, a->layer, LCO_KEY, h) + offset, k, d, kv->dtype);
-        store_codes(lco_kv_codes(kv, page, a->layer, LCO_VALUE, h) + offset, a->v + row * a->ld_kv + h * d, d, kv->dtype);
+        store_codes(lco_kv_codes(kv, page, LCO_KEY, h) + offset, k, d, kv->dtype);
+        store_codes(lco_kv_codes(kv, page, LCO_VALUE, h) + offset, a->v + row * a->ld_kv + h * d, d, kv->dtype);
     }
 }
 
