@@ -1,0 +1,215 @@
+/* The ops on the cache, one at a time on the caller's buffers. */
+#include "../base/mem.h"
+#include "ops_args.h"
+
+#define MAX_ITEMS 256
+
+typedef struct {
+    lco_kv_view kv;
+    int64_t n_layers, n_pages;
+    lco_item items[MAX_ITEMS];
+    Py_buffer tables[MAX_ITEMS];
+    int64_t n_items, n_tables;
+} cache_call;
+
+static void cache_release(cache_call *c)
+{
+    while (c->n_tables > 0)
+        PyBuffer_Release(&c->tables[--c->n_tables]);
+    PyMem_Free(c);
+}
+
+/* cache: uint8 bytes of whole pages as formats.h lays them out, all layers of one type. */
+static bool take_cache(bag *b, cache_call *c, PyObject *cache_o, const char *dtype_name, int page_size, int n_layers, int n_kv_heads,
+                       int head_dim, long long layer)
+{
+    if (!lco_py_dtype(dtype_name, &c->kv.dtype)) {
+        PyErr_Format(PyExc_ValueError, "dtype = '%s', expected one of " LCO_PY_DTYPES, dtype_name);
+        return false;
+    }
+    if (!check(page_size >= 16 && page_size <= 512 && page_size % 16 == 0, "page_size", page_size, "16 to 512, a multiple of 16") ||
+        !check(n_layers >= 1, "n_layers", n_layers, "at least 1") || !check(n_kv_heads >= 1, "n_kv_heads", n_kv_heads, "at least 1") ||
+        !check(head_dim >= 2 && head_dim % 2 == 0, "head_dim", head_dim, "an even number from 2") ||
+        !check(layer >= 0 && layer < n_layers, "layer", layer, "0 to n_layers - 1"))
+        return false;
+    size_t slice, page;
+    c->kv.page_size = page_size;
+    c->kv.n_kv_heads = n_kv_heads;
+    c->kv.head_dim = head_dim;
+    c->n_layers = n_layers;
+    if (!lco_kv_slice_bytes(&c->kv, &slice) || !lco_mul(slice, (size_t)n_layers, &page)) {
+        PyErr_SetString(PyExc_ValueError, "a page of this shape does not fit the address space");
+        return false;
+    }
+    const Py_buffer *cache = take(b, cache_o, "cache", "B", 1, WRITE);
+    if (cache == NULL || !check_packed(cache, "cache"))
+        return false;
+    c->kv.page_bytes = page;
+    c->kv.slice_offset = slice * (size_t)layer;
+    c->kv.tail_offset = lco_tail_bytes(&c->kv) * (size_t)layer;
+    c->kv.base = (uint8_t *)cache->buf + c->kv.slice_offset;
+    c->n_pages = (int64_t)((size_t)cache->len / page);
+    return true;
+}
+
+/* A buffer of an item of a buffered cache: `layers` tail layers. */
+static uint8_t *take_tail(bag *b, const cache_call *c, PyObject *object, const char *name, int64_t layers)
+{
+    const Py_buffer *view = take(b, object, name, "B", 1, WRITE);
+    return view != NULL && check(view->len >= layers * (int64_t)lco_tail_bytes(&c->kv), name, view->len, "the bytes of its layers")
+               ? view->buf
+               : NULL;
+}
+
+/* One (table, row, len, pos, prompt) and, in a buffered cache, (..., tail, next_tail, own). */
+static bool take_item(bag *b, cache_call *c, PyObject *object, int64_t m)
+{
+    PyObject *table_o, *tail_o = NULL, *next_o = NULL, *own_o = NULL;
+    long long row, len, pos;
+    int prompt;
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "each item is a tuple (table, row, len, pos, prompt)");
+        return false;
+    }
+    if (!PyArg_ParseTuple(object, "OLLLp|OOO:item", &table_o, &row, &len, &pos, &prompt, &tail_o, &next_o, &own_o) ||
+        !check(len >= 1 && len <= m, "len of an item", len, "1 to the number of rows") ||
+        !check(row >= 0 && row <= m - len, "row of an item", row, "its rows to lie in the batch") ||
+        !check(pos >= 0 && pos <= INT64_MAX - len - c->kv.page_size, "pos of an item", pos, "a position from 0") ||
+        !check(prompt || len == 1, "len of a decode item", len, "1"))
+        return false;
+    Py_buffer *v = &c->tables[c->n_tables];
+    if (PyObject_GetBuffer(table_o, v, PyBUF_FORMAT | PyBUF_ND) < 0)
+        return false;
+    c->n_tables++;
+    if (v->ndim != 1 || v->format == NULL || strcmp(v->format, "i") != 0) {
+        PyErr_SetString(PyExc_ValueError, "table of an item is not a vector of int32");
+        return false;
+    }
+    int64_t pages = (pos + len + c->kv.page_size - 1) / c->kv.page_size;
+    const int32_t *table = v->buf;
+    if (!check(v->shape[0] >= pages, "the length of an item's table", v->shape[0], "a page for every position"))
+        return false;
+    for (int64_t i = 0; i < pages; i++)
+        if (!check(table[i] >= 0 && table[i] < c->n_pages, "a page of an item's table", table[i], "a page of the cache"))
+            return false;
+    lco_item *item = &c->items[c->n_items++];
+    *item = (lco_item){.table = table, .row = row, .len = len, .pos = pos, .rope_length = pos + len, .prompt = prompt};
+    const bool buffered = lco_dtype_scaled(c->kv.dtype) && own_o != NULL;
+    if (c->n_items > 1 &&
+        !check(buffered == c->kv.buffered, "the fields of an item", PyTuple_Size(object), "as many as the other items have"))
+        return false;
+    if (!buffered)
+        return true;
+    c->kv.buffered = true;
+    return (item->tail = take_tail(b, c, tail_o, "tail", c->n_layers)) != NULL &&
+           (item->next_tail = take_tail(b, c, next_o, "next_tail", c->n_layers)) != NULL &&
+           (item->own = take_tail(b, c, own_o, "own", lco_own_blocks(item))) != NULL;
+}
+
+static bool take_items(bag *b, cache_call *c, PyObject *items, int64_t m)
+{
+    if (!check(PyList_Size(items) <= MAX_ITEMS, "the length of items", PyList_Size(items), "at most 256"))
+        return false;
+    for (Py_ssize_t i = 0; i < PyList_Size(items); i++)
+        if (!take_item(b, c, PyList_GetItem(items, i), m))
+            return false;
+    return true;
+}
+
+const char lco_py_rope_append_doc[] =
+    "rope_append(q, k, v, cos, sin, cache, dtype, page_size, n_layers, layer, items)\n--\n\n"
+    "Rotates q[m, heads, d] and k[m, kv_heads, d] in place by cos and sin [m, d/2] and writes k and v to the cache. Rows may be strided\n"
+    "(k and v alike). cache: uint8 pages of base/formats.h; dtype: element type of the cache; items: a list of\n"
+    "(table int32, row, len, pos, prompt), for a cache with a write buffer (..., tail, next_tail, own), uint8 as in ops.h.";
+
+PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
+{
+    OpContext *self = (OpContext *)object;
+    PyThreadState *state;
+    PyObject *result = NULL;
+    static const char *const names[] = {"q", "k", "v", "cos", "sin", "cache", "dtype", "page_size", "n_layers", "layer", "items", NULL};
+    PyObject *q_o, *k_o, *v_o, *cos_o, *sin_o, *cache_o, *items_o;
+    const char *dtype_name;
+    int page_size, n_layers;
+    long long layer;
+    bag b = {.n = 0};
+    const Py_buffer *q, *k, *v, *cos, *sin;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiLO!:rope_append", (char **)names, &q_o, &k_o, &v_o, &cos_o, &sin_o, &cache_o,
+                                     &dtype_name, &page_size, &n_layers, &layer, &PyList_Type, &items_o))
+        return NULL;
+    cache_call *c = PyMem_Calloc(1, sizeof *c);
+    if (c == NULL)
+        return PyErr_NoMemory();
+    if ((q = take(&b, q_o, "q", "f", 3, WRITE)) == NULL || (k = take(&b, k_o, "k", "f", 3, WRITE)) == NULL ||
+        (v = take(&b, v_o, "v", "f", 3, READ)) == NULL || (cos = take(&b, cos_o, "cos", "f", 2, READ)) == NULL ||
+        (sin = take(&b, sin_o, "sin", "f", 2, READ)) == NULL)
+        goto done;
+    int64_t m = q->shape[0], d = q->shape[2];
+    if (!check(d <= INT32_MAX && k->shape[1] <= INT32_MAX, "head_dim", d, "a 32-bit number") || !check_axis(k, "k", 0, m) ||
+        !check_axis(v, "v", 0, m) || !check_axis(k, "k", 2, d) || !check_axis(v, "v", 1, k->shape[1]) || !check_axis(v, "v", 2, d) ||
+        !check_axis(cos, "cos", 0, m) || !check_axis(sin, "sin", 0, m) || !check_axis(cos, "cos", 1, d / 2) ||
+        !check_axis(sin, "sin", 1, d / 2) || !check_packed(cos, "cos") || !check_packed(sin, "sin") ||
+        !check(row_stride(k) == row_stride(v), "the row stride of v", row_stride(v), "that of k") ||
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer) || !take_items(&b, c, items_o, m))
+        goto done;
+    lco_rope_append_args a = {.q = q->buf, .k = k->buf, .v = v->buf, .cos = cos->buf, .sin = sin->buf, .kv = &c->kv, .items = c->items};
+    a.n_items = c->n_items;
+    a.n_heads = q->shape[1];
+    a.ld_q = row_stride(q);
+    a.ld_kv = row_stride(k);
+    a.exec = &self->exec;
+    if ((state = enter(self)) != NULL)
+        result = leave(self, state, self->ops->rope_append(&a));
+done:
+    bag_release(&b);
+    cache_release(c);
+    return result;
+}
+
+const char lco_py_attention_doc[] =
+    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0)\n--\n\n"
+    "Causal attention of q[m, heads, d] over the cache into out[m, heads, d]; rows may be strided. cache, dtype and items as in\n"
+    "rope_append; window > 0: only the newest `window` positions.";
+
+PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
+{
+    OpContext *self = (OpContext *)object;
+    PyThreadState *state;
+    PyObject *result = NULL;
+    static const char *const names[] = {"out",        "q",     "cache", "dtype", "page_size", "n_layers",
+                                        "n_kv_heads", "layer", "items", "scale", "window",    NULL};
+    PyObject *out_o, *q_o, *cache_o, *items_o;
+    const char *dtype_name;
+    int page_size, n_layers, n_kv_heads;
+    long long layer, window = 0;
+    float scale;
+    bag b = {.n = 0};
+    const Py_buffer *out, *q;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|L:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
+                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window))
+        return NULL;
+    cache_call *c = PyMem_Calloc(1, sizeof *c);
+    if (c == NULL)
+        return PyErr_NoMemory();
+    if ((out = take(&b, out_o, "out", "f", 3, WRITE)) == NULL || (q = take(&b, q_o, "q", "f", 3, READ)) == NULL)
+        goto done;
+    int64_t m = q->shape[0], n_heads = q->shape[1], d = q->shape[2];
+    if (!check(d <= INT32_MAX, "head_dim", d, "a 32-bit number") || !check(window >= 0, "window", window, "0 (none) or more") ||
+        !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, n_heads) || !check_axis(out, "out", 2, d) ||
+        !check(n_kv_heads >= 1 && n_heads % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) || !take_items(&b, c, items_o, m))
+        goto done;
+    lco_attention_args a = {.out = out->buf, .q = q->buf, .kv = &c->kv, .items = c->items, .n_items = c->n_items};
+    a.n_heads = n_heads;
+    a.ld_out = row_stride(out);
+    a.ld_q = row_stride(q);
+    a.window = window;
+    a.scale = scale;
+    a.exec = &self->exec;
+    if ((state = enter(self)) != NULL)
+        result = leave(self, state, self->ops->attention(&a));
+done:
+    bag_release(&b);
+    cache_release(c);
+    return result;
+}
