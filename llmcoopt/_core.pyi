@@ -45,6 +45,9 @@ class Sequence:
     def ids(self) -> bytes:
         """int32 ids of the tokens held."""
 
+    def read(self, layer: int, keys: Buffer, values: Buffer) -> None:
+        """Keys and values of a layer into float32 arrays [length, kv_heads, head_dim]."""
+
     def hold(self, n: int) -> None: ...
     def fork(self) -> Sequence: ...
     def truncate(self, length: int) -> None: ...

@@ -3,6 +3,8 @@
 import os
 from array import array
 
+import numpy as np
+
 from . import _core
 from ._arrays import bytes_text, html_table
 from .errors import ArgumentError
@@ -103,6 +105,18 @@ class Sequence:
 
     def __len__(self):
         return self._core.length()
+
+    def kv(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys (rotated by their position) and values of a layer, as the next token's attention reads them: float32 [tokens, kv_heads, head_dim],
+        read-only copies (DLPack consumers that may write want a `.copy()`). ArgumentError for a layer that the model hasn't."""
+        config = self.cache.model.config
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not 0 <= layer < config.num_hidden_layers:
+            raise ArgumentError(f"layer = {layer!r}, expected a whole number from 0 to {config.num_hidden_layers - 1}")
+        shape = len(self), config.num_key_value_heads, config.head_dim
+        keys, values = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self._core.read(int(layer), keys, values)
+        keys.flags.writeable = values.flags.writeable = False
+        return keys, values
 
     def fork(self) -> "Sequence":
         """A second sequence with the same tokens. Pages are shared until one of the two writes to them."""

@@ -68,4 +68,7 @@ lco_status lco_seq_truncate(lco_seq *seq, int64_t length,
                             lco_error *err); /* keeps [0, length), returns pages past it. A block that was quantised already and is
                                                                             * filled again later comes back to the tail as its codes say. */
 
+/* Keys and values of a layer as the next token's attention reads them, float32 [n, kv_heads, head_dim] each. `n` is the length. */
+lco_status lco_seq_read(const lco_seq *seq, int32_t layer, int64_t n, float *keys, float *values, lco_error *err);
+
 #endif

@@ -238,6 +238,40 @@ static PyObject *sequence_ids(sequence_object *self, PyObject *Py_UNUSED(arg))
     return lco_py_raise((PyObject *)self, &err);
 }
 
+static PyObject *sequence_read(sequence_object *self, PyObject *args)
+{
+    PyObject *keys_object, *values_object;
+    Py_buffer keys, values;
+    int layer;
+    if (!PyArg_ParseTuple(args, "iOO:read", &layer, &keys_object, &values_object))
+        return NULL;
+    if (PyObject_GetBuffer(keys_object, &keys, PyBUF_WRITABLE) != 0)
+        return NULL;
+    if (PyObject_GetBuffer(values_object, &values, PyBUF_WRITABLE) != 0) {
+        PyBuffer_Release(&keys);
+        return NULL;
+    }
+    lco_error err;
+    lco_status status = LCO_OK;
+    const Py_ssize_t row = (Py_ssize_t)self->cache->model->n_kv_heads * self->cache->model->head_dim * 4;
+    if (keys.len != values.len || keys.len % row != 0)
+        status = lco_fail(&err, LCO_EINVAL, "keys and values: buffers of %lld and %lld bytes, expected rows of %lld in both",
+                          (long long)keys.len, (long long)values.len, (long long)row);
+    else if (claim(self) != 0)
+        status = LCO_EINVAL;
+    else {
+        lco_seq *seq;
+        LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)),
+               status = lco_seq_read(seq, layer, keys.len / row, keys.buf, values.buf, &err));
+        self->busy--;
+    }
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&keys);
+    if (status == LCO_OK)
+        Py_RETURN_NONE;
+    return PyErr_Occurred() ? NULL : lco_py_raise((PyObject *)self, &err);
+}
+
 static PyObject *sequence_fork(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
     allocfunc alloc = (allocfunc)PyType_GetSlot(Py_TYPE((PyObject *)self), Py_tp_alloc);
@@ -307,6 +341,8 @@ static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
 static PyMethodDef sequence_methods[] = {
     {"ids", (PyCFunction)(void (*)(void))sequence_ids, METH_NOARGS, "ids()\n--\n\nThe ids of the tokens held, int32 as bytes."},
     {"length", (PyCFunction)(void (*)(void))sequence_length, METH_NOARGS, "length()\n--\n\nTokens held."},
+    {"read", (PyCFunction)(void (*)(void))sequence_read, METH_VARARGS,
+     "read(layer, keys, values)\n--\n\nKeys and values of a layer into float32 arrays [length, kv_heads, head_dim]."},
     {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS,
      "fork()\n--\n\nA second sequence that shares all pages until one of them is written."},
     {"truncate", (PyCFunction)(void (*)(void))sequence_truncate, METH_O, "truncate(length)\n--\n\nKeep the first tokens only."},
