@@ -30,6 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/ops.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/kv.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --no-deps -w dist .

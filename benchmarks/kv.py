@@ -1,0 +1,108 @@
+"""What the cache itself costs: opening room for millions of tokens, memory held, forks, and appending as one-byte codes.
+
+`python benchmarks/kv.py` prints a table and writes results/kv_<date>.csv. Times are medians. The cost of appending is a decode step's with one-byte
+codes less one's with bfloat16, taken by the operator alone (`ops.py --ops rope_append` at a position that completes a block, the dearest there is),
+times the layers, over the step it is part of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from decode import SHAPES, write_model
+from ops import Bench, Shape, measure
+from table import write_csv
+
+import llmcoopt
+
+LONG = 65_536  # tokens of the sequence that is forked
+TINY = (64, 32, 64, 1, 1, 1, True)  # as SHAPES: so small that LONG tokens are computed in seconds
+
+
+def median_of(call, repeats: int = 21) -> float:
+    """Median seconds."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def load(folder: Path, shape: tuple, positions: int = 8192) -> llmcoopt.Model:
+    write_model(folder, shape)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    return llmcoopt.Model.from_pretrained(folder)
+
+
+def opening(model: llmcoopt.Model, dtype: str):
+    """Room for ten million tokens, and the memory of a thousand."""
+    yield "open, max_tokens 10,000,000", median_of(lambda: llmcoopt.KVCache(model, dtype, max_tokens=10_000_000).close()) * 1e3, "ms"
+    with llmcoopt.KVCache(model, dtype, max_tokens=10_000_000) as cache:
+        yield "memory before the first token", cache.stats()["resident_bytes"], "bytes"
+        sequence = cache.sequence()
+        model.forward(np.arange(1000) % 64, sequence, last_only=True)
+        stats = cache.stats()
+        yield "memory of 1,000 tokens", stats["resident_bytes"] / (1000 * stats["bytes_per_token"]), "of 1,000 tokens' bytes"
+        yield "tails beside it", stats["tail_bytes"], "bytes"
+        yield "bytes a token", stats["bytes_per_token"] / llmcoopt.KVCache(model, "bfloat16").stats()["bytes_per_token"], "of bfloat16's"
+
+
+def forks(folder: Path, dtype: str):
+    with load(folder, TINY, LONG + 8) as model, llmcoopt.KVCache(model, dtype, max_tokens=2 * LONG) as cache:
+        sequence = cache.sequence()
+        model.forward(np.arange(LONG) % 64, sequence, last_only=True)
+        before = cache.stats()
+        fork = sequence.fork()
+        after = cache.stats()
+        assert before["pages_free"] == after["pages_free"]
+        yield f"fork, {LONG:,} tokens", median_of(lambda: sequence.fork().free(), 101) * 1e6, "us"
+        yield "memory that a fork takes", after["tail_bytes"] - before["tail_bytes"], "bytes (tails)"
+        model.forward([1], fork)
+        yield "pages after a token more on the fork", before["pages_free"] - cache.stats()["pages_free"], "pages"
+
+
+def appending(model: llmcoopt.Model, dtype: str):
+    c = model.config
+    shape = Shape("", c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size)
+    bench = Bench(model.isa, model.threads, np.zeros(64 << 20, np.uint8))
+    seconds = {}
+    for name in ("bfloat16", dtype):
+        case = next(case for case in bench.cache_ops(shape, 1, 1023, name) if case.op == "rope_append")
+        seconds[name] = measure(case.call, 0.5, time.perf_counter)
+    with llmcoopt.KVCache(model, dtype, max_tokens=2048) as cache:
+        sequence = cache.sequence()
+        model.forward(np.arange(1000) % 64, sequence, last_only=True)
+        step = median_of(lambda: model.forward([1], sequence), 31)
+    yield (
+        "append as codes, step that completes a block",
+        (seconds[dtype] - seconds["bfloat16"]) * c.num_hidden_layers / step * 100,
+        "% of the step",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", default="fp8_e4m3", choices=llmcoopt.cache.SCALED)
+    parser.add_argument("--csv", type=Path, help="file to write (default: results/kv_<date>.csv)")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other, load(Path(one), SHAPES["smollm2-135m"]) as model:
+        found = [*opening(model, options.dtype), *appending(model, options.dtype), *forks(Path(other), options.dtype)]
+        for what, value, unit in found:
+            rows.append(
+                {"isa": model.isa_detail, "threads": model.threads, "dtype": options.dtype, "what": what, "value": value, "unit": unit}
+            )
+            print(f"{what:46} {value:12,.4g} {unit}")
+    write_csv(rows, "kv", options.csv)
+
+
+if __name__ == "__main__":
+    main()
