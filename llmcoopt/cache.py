@@ -1,11 +1,10 @@
 """KVCache and Sequence: the paged key/value cache, seen from Python."""
 
-import os
 from array import array
 
 import numpy as np
 
-from . import _core
+from . import _core, _limits
 from ._arrays import bytes_text, html_table
 from .errors import ArgumentError
 
@@ -149,5 +148,4 @@ def of_model(item, kind: type, model, what: str):
 
 def _default_tokens(config, element_bytes: int) -> int:
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(64 * config.max_positions, memory // 2 // per_token))
+    return max(1, min(64 * config.max_positions, _limits.memory_bytes() // 2 // per_token))

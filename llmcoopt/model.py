@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import _core, loaders
+from . import _core, _limits, loaders
 from ._arrays import as_ids, bytes_text, html_table
 from .cache import KVCache, Sequence, of_model
 from .errors import ArgumentError, ForkError, UnsupportedError
@@ -29,7 +29,9 @@ class Model:
         self.tokenizer_source = checkpoint.tokenizer_source
         self.generation_config = checkpoint.generation_config
         tensors = list(checkpoint.tensors.values())
-        self._core = _core.Model(self.config.to_core(), [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors], threads, isa)
+        self._core = _core.Model(
+            self.config.to_core(), [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors], threads or _limits.cpus(), isa
+        )
         info = self._core.info()
         self.isa, self.isa_detail, self.threads = info["isa"], info["isa_detail"], info["threads"]
         self.num_parameters = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
@@ -57,7 +59,7 @@ class Model:
                 ("org/name", needs huggingface_hub unless it is in the local cache).
             device: "auto" or "cpu".
             dtype: "auto" keeps the file's type (block formats of GGUF become bfloat16); "float32", "float16", "bfloat16" convert.
-            threads: 0 uses every CPU this process may run on.
+            threads: 0 uses every CPU this process may use (its affinity, and its container's quota).
             isa: "ref", "avx2", "avx512", "amx"; None takes the best, or what LLMCOOPT_ISA says.
             revision: of a hub id.
             tie_word_embeddings: overrides the config.

@@ -1,11 +1,11 @@
 """What every loader returns, and how loaders use the machine's processors."""
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .._limits import cpus
 from ..config import ModelConfig
 from .safetensors import Tensor
 
@@ -32,7 +32,7 @@ class LoadedCheckpoint:
 
 def in_threads(run: Callable, jobs: Iterable) -> list:
     """[run(job) for job in jobs], on as many threads as the process may use. After a failure, jobs not begun are dropped."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(cpus())
     try:
         return list(pool.map(run, jobs))
     finally:
