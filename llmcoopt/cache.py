@@ -72,7 +72,7 @@ class KVCache:
         except ArgumentError:
             return "KVCache(closed)"
         return (
-            f"KVCache({self.dtype}, {s['tokens_held']} tokens in {s['sequences']} sequences, "
+            f"KVCache({self.dtype}, {s['tokens_held']} tokens in {_sequences(s)}, "
             f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory)"
         )
 
@@ -81,7 +81,7 @@ class KVCache:
         used = s["pages_total"] - s["pages_free"]
         rows = {
             "element type": self.dtype,
-            "tokens held": f"{s['tokens_held']} in {s['sequences']} sequences",
+            "tokens held": f"{s['tokens_held']} in {_sequences(s)}",
             "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
             "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
             "bytes per token": f"{s['bytes_per_token']:,}",
@@ -144,6 +144,10 @@ def of_model(item, kind: type, model, what: str):
     if owner.model is not model:
         raise ArgumentError(f"{what}: its cache belongs to another model, {owner.model!r}")
     return item
+
+
+def _sequences(stats: dict) -> str:
+    return "1 sequence" if stats["sequences"] == 1 else f"{stats['sequences']} sequences"
 
 
 def _default_tokens(config, element_bytes: int) -> int:
