@@ -32,7 +32,19 @@ class Model:
 class KVCache:
     """A paged key/value cache shaped for a model."""
 
-    def __init__(self, model: Model, dtype: str, page_size: int, max_tokens: int, write_buffer: bool) -> None: ...
+    def __init__(
+        self,
+        model: Model,
+        dtype: str,
+        page_size: int,
+        max_tokens: int,
+        write_buffer: bool,
+        host_bytes: int = 0,
+        spill_path: str | None = None,
+    ) -> None: ...
+    def step_tokens(self) -> int:
+        """The most tokens of one sequence that a step may append."""
+
     def sequence(self) -> Sequence: ...
     def stats(self) -> dict[str, int]: ...
     def check(self) -> None: ...

@@ -1,5 +1,6 @@
 """KVCache and Sequence: the paged key/value cache, seen from Python."""
 
+import os
 from array import array
 
 import numpy as np
@@ -26,11 +27,23 @@ class KVCache:
             scale of its largest value. False: quantise every token as it comes.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
         max_tokens: tokens over all sequences. None: what fits in half of this machine's memory, at most 64 contexts of the model.
+        host_bytes: the most memory for pages. None: no bound but max_tokens; with spill_path half of this machine's memory.
+        spill_path: a folder, or the name of a file to make there: pages beyond host_bytes lie in that file, the oldest tokens of a sequence first,
+            and are read from there as attention needs them. Results are the same to the bit. The file goes with the cache.
 
-    Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had.
+    Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had, StorageError when the file can't be made.
     """
 
-    def __init__(self, model, dtype: str = "auto", page_size: int = 64, max_tokens: int | None = None, write_buffer: bool = True):
+    def __init__(
+        self,
+        model,
+        dtype: str = "auto",
+        page_size: int = 64,
+        max_tokens: int | None = None,
+        write_buffer: bool = True,
+        host_bytes: int | None = None,
+        spill_path: str | os.PathLike | None = None,
+    ):
         self.model = model
         self.dtype = {"auto": model.dtype, "fp8": "fp8_e4m3"}.get(dtype, dtype)
         if self.dtype not in DTYPES:
@@ -38,7 +51,13 @@ class KVCache:
         if max_tokens is None:
             max_tokens = _default_tokens(model.config, 1 if self.dtype in SCALED else 4 if self.dtype == "float32" else 2)
         self.write_buffer = write_buffer and self.dtype in SCALED
-        self._core = _core.KVCache(model._core, self.dtype, page_size, max_tokens, self.write_buffer)
+        if host_bytes is None and spill_path is not None:
+            host_bytes = _limits.memory_bytes() // 2
+        if host_bytes is not None and (isinstance(host_bytes, bool) or not isinstance(host_bytes, int | np.integer) or host_bytes < 1):
+            raise ArgumentError(f"host_bytes = {host_bytes!r}, expected None or a whole number of bytes")
+        path = os.fspath(spill_path) if spill_path is not None else None
+        self.host_bytes, self.spill_path = host_bytes, spill_path
+        self._core = _core.KVCache(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path)
         self.page_size = page_size
         model._caches.add(self)
 
@@ -47,9 +66,11 @@ class KVCache:
         return Sequence(self, self._core.sequence())
 
     def stats(self) -> dict:
-        """Exact counters: pages_total, pages_free, pages_shared, sequences, tokens_held, page_bytes, bytes_per_token, reserved_bytes (address
-        space), resident_bytes (memory in use now, as the system counts it), tail_bytes (the write buffers of all sequences, beside the pages), and
-        since the cache was made tokens_appended, blocks_quantised (16 tokens of all layers and heads), pages_copied."""
+        """Exact counters: pages_total, pages_free, pages_shared, pages_away (in the spill file and not in memory), sequences, tokens_held,
+        page_bytes, bytes_per_token, reserved_bytes (address space), resident_bytes (memory in use now, as the system counts it), tail_bytes (the
+        write buffers of all sequences, beside the pages), and since the cache was made tokens_appended, blocks_quantised (16 tokens of all
+        layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and bytes_fetched (a slice: a layer of a page
+        that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead)."""
         return self._core.stats()
 
     def check(self) -> None:
@@ -73,8 +94,14 @@ class KVCache:
             return "KVCache(closed)"
         return (
             f"KVCache({self.dtype}, {s['tokens_held']} tokens in {_sequences(s)}, "
-            f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory)"
+            f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory"
+            f"{self._away(s)})"
         )
+
+    def _away(self, stats: dict) -> str:
+        if self.spill_path is None:
+            return ""
+        return f", {bytes_text(stats['pages_away'] * stats['page_bytes'])} in {os.fspath(self.spill_path)}"
 
     def _repr_html_(self):
         s = self.stats()
@@ -84,6 +111,7 @@ class KVCache:
             "tokens held": f"{s['tokens_held']} in {_sequences(s)}",
             "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
             "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
+            "spilled": f"{s['pages_away']} pages{self._away(s)}" if self.spill_path is not None else "no spill file",
             "bytes per token": f"{s['bytes_per_token']:,}",
             "write buffers": bytes_text(s["tail_bytes"]),
         }

@@ -32,6 +32,10 @@ class NumericError(Error, ArithmeticError):
     """NaN or infinity where a number must be."""
 
 
+class StorageError(Error, OSError):
+    """A file could not be read or written."""
+
+
 class ForkError(Error, RuntimeError):
     """An object made before fork() was used after it."""
 

@@ -99,9 +99,10 @@ class Model:
         logits = np.empty(vocab if last_only else (n, vocab), dtype=np.float32)
         sequence._core.hold(n)
         try:
-            for at in range(0, n, CHUNK):
-                part = ids[at : at + CHUNK]
-                out = logits[at : at + CHUNK] if not last_only else logits if at + CHUNK >= n else None
+            chunk = min(CHUNK, sequence.cache._core.step_tokens())
+            for at in range(0, n, chunk):
+                part = ids[at : at + chunk]
+                out = logits[at : at + chunk] if not last_only else logits if at + chunk >= n else None
                 self._core.forward(sequence._core, part, out, last_only, rope_length=start + n, prompt=n > 1)
         except BaseException:
             sequence.truncate(start)

@@ -42,7 +42,7 @@ typedef struct lco_kv_view lco_kv_view;
 #define LCO_KV_FETCHED 8
 typedef struct {
     const bool *away; /* [pages] */
-    const uint8_t *(*fetch)(void *ctx, const lco_kv_view *kv, int thread, int64_t page, int64_t head, int64_t heads);
+    const uint8_t *(*fetch)(void *ctx, const lco_kv_view *kv, int thread, int64_t page, int64_t next, int64_t head, int64_t heads);
     void *ctx;
 } lco_kv_store;
 
@@ -106,10 +106,10 @@ static inline float *lco_kv_scales(const lco_kv_view *kv, int64_t page, int64_t 
 
 static inline bool lco_kv_away(const lco_kv_view *kv, int64_t page) { return kv->store != NULL && kv->store->away[page]; }
 
-/* A page's slice for reading heads [head, head + heads), wherever the page lies. */
-static inline const uint8_t *lco_kv_read(const lco_kv_view *kv, int thread, int64_t page, int64_t head, int64_t heads)
+/* A page's slice for reading heads [head, head + heads), wherever the page lies. `next`: the page that is likely read after it, or -1. */
+static inline const uint8_t *lco_kv_read(const lco_kv_view *kv, int thread, int64_t page, int64_t next, int64_t head, int64_t heads)
 {
-    return lco_kv_away(kv, page) ? kv->store->fetch(kv->store->ctx, kv, thread, page, head, heads) : lco_kv_slice(kv, page);
+    return lco_kv_away(kv, page) ? kv->store->fetch(kv->store->ctx, kv, thread, page, next, head, heads) : lco_kv_slice(kv, page);
 }
 
 /* In a slice that lco_kv_read() gave. */

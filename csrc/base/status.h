@@ -11,6 +11,7 @@ typedef enum {
     LCO_EPAGES,       /* the cache has no free page */
     LCO_ENUMERIC,     /* NaN or infinity where a number must be */
     LCO_EFORK,        /* a handle made before fork() is used after it */
+    LCO_EIO,          /* a file could not be read or written */
     LCO_EUNSUPPORTED, /* known, but not implemented or not on this machine */
 } lco_status;
 

@@ -146,6 +146,17 @@ static lco_status forward(lco_engine *engine, lco_error *err)
     return status;
 }
 
+/* Requests whose pages could not be read in this step fail; nothing of what was computed for them counts. */
+static void drop_lost(lco_engine *engine)
+{
+    for (int64_t i = 0; i < engine->n_running; i++) {
+        lco_job *job = engine->jobs[i];
+        lco_error why;
+        if (job->rows > 0 && lco_seq_lost(job->seq, &why) != LCO_OK)
+            lco_job_fail(job, &why);
+    }
+}
+
 static void commit(lco_engine *engine)
 {
     for (int64_t i = 0; i < engine->n_running; i++) {
@@ -269,6 +280,7 @@ lco_status lco_engine_step(lco_engine *engine, lco_event *events, int64_t cap, i
         if (status != LCO_OK)
             return status;
         computed = now();
+        drop_lost(engine);
         commit(engine);
         sample_all(engine);
         sampled = now();

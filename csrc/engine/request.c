@@ -170,6 +170,7 @@ void lco_job_fail(lco_job *job, const lco_error *why)
 {
     return_pages(job); /* now, as others may be waiting for them in this very step */
     job->rows = 0;
+    job->logit = -1;
     job->reports = true;
     job->event = (lco_event){.request = job->id, .token = -1, .finish = LCO_FINISH_ERROR, .error = *why};
 }

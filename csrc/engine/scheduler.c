@@ -26,7 +26,8 @@ static lco_status preempt_youngest(lco_engine *engine, lco_error *err)
     return LCO_OK;
 }
 
-/* Pages for `rows` more tokens of a running request. Afterwards it may be preempted, or failed when it runs alone and there are none. */
+/* Pages for `rows` more tokens of a running request. Afterwards it may be preempted, or failed when it runs alone and there are none, or when
+ * its own pages can't be had from a file. */
 static lco_status make_room(lco_engine *engine, int64_t index, int64_t rows, lco_error *err)
 {
     lco_job *job = engine->jobs[index];
@@ -34,7 +35,13 @@ static lco_status make_room(lco_engine *engine, int64_t index, int64_t rows, lco
         lco_error why;
         lco_status status = lco_seq_reserve(job->seq, rows, &why);
         if (status == LCO_OK)
+            status = lco_seq_open(job->seq, rows, &why);
+        if (status == LCO_OK)
             break;
+        if (status == LCO_EIO) {
+            lco_job_fail(job, &why);
+            break;
+        }
         if (status != LCO_EPAGES) {
             *err = why;
             return status;
@@ -50,27 +57,33 @@ static lco_status make_room(lco_engine *engine, int64_t index, int64_t rows, lco
     return LCO_OK;
 }
 
-/* Admits the oldest waiting request. `*admitted` is false when it has to wait for pages; with nobody running (`alone`) it fails instead. */
-static lco_status admit(lco_engine *engine, bool alone, bool *admitted, lco_error *err)
+/* Admits the oldest waiting request. `*admitted` is false when it has to wait for pages; with nobody running (`alone`) it fails instead.
+ * `budget`: prompt tokens that this step has left. */
+static lco_status admit(lco_engine *engine, bool alone, int64_t budget, bool *admitted, lco_error *err)
 {
     lco_job *job = engine->jobs[engine->n_running];
     lco_error why;
     lco_status status = lco_seq_reserve(job->seq, job->n_ids, &why);
-    if (status != LCO_OK && status != LCO_EPAGES) {
+    if (status == LCO_OK && (status = lco_seq_open(job->seq, rows_wanted(job, budget), &why)) != LCO_OK)
+        (void)lco_seq_truncate(job->seq, job->base, NULL); /* waiting requests hold no pages */
+    if (status != LCO_OK && status != LCO_EPAGES && status != LCO_EIO) {
         *err = why;
         return status;
     }
-    *admitted = status == LCO_OK || alone;
+    const bool fails = status == LCO_EIO || (status == LCO_EPAGES && alone);
+    *admitted = status == LCO_OK || fails;
     if (*admitted)
         engine->n_running++;
-    if (status != LCO_OK && alone)
+    if (fails)
         lco_job_fail(job, &why);
     return LCO_OK;
 }
 
 lco_status lco_schedule(lco_engine *engine, lco_error *err)
 {
-    int64_t budget = engine->chunk, able = 0; /* able: running and not failed */
+    const int64_t most = lco_kv_step_tokens(engine->kv);
+    int64_t budget = engine->chunk < most ? engine->chunk : most, able = 0; /* able: running and not failed */
+    lco_kv_begin_step(engine->kv);
     for (int64_t i = 0; i < engine->n_running; i++) {
         lco_job *job = engine->jobs[i];
         int64_t rows = rows_wanted(job, budget);
@@ -87,7 +100,7 @@ lco_status lco_schedule(lco_engine *engine, lco_error *err)
     while (budget > 0 && engine->n_running < engine->max_batch && engine->n_running < engine->n_jobs) {
         lco_job *job = engine->jobs[engine->n_running];
         bool admitted;
-        lco_status status = admit(engine, able == 0, &admitted, err);
+        lco_status status = admit(engine, able == 0, budget, &admitted, err);
         if (status != LCO_OK)
             return status;
         if (!admitted)

@@ -4,6 +4,8 @@
 
 #include "kv.h"
 
+typedef struct lco_tier lco_tier; /* tier.h */
+
 struct lco_kv {
     lco_kv_options options;
     lco_kv_view *views;            /* [n_layers] */
@@ -18,6 +20,7 @@ struct lco_kv {
     lco_seq *sequences; /* list */
     int64_t tokens_appended, blocks_quantised, pages_copied;
     size_t system_page;
+    lco_tier *tier; /* NULL: every page is in memory */
 };
 
 struct lco_seq {
@@ -31,6 +34,7 @@ struct lco_seq {
     int tail;       /* which of them is current */
     uint8_t *held;  /* lco_seq_hold: the tail at held_length; meaningless when that is 0 */
     int64_t held_length;
+    int64_t last_used; /* step of the tier */
     lco_seq *previous, *next;
 };
 
@@ -39,6 +43,6 @@ int64_t lco_page_free_count(const lco_kv *kv);
 lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err); /* count becomes 1 */
 void lco_page_share(lco_kv *kv, int32_t page);
 void lco_page_release(lco_kv *kv, int32_t page);
-void lco_page_copy(lco_kv *kv, int32_t to, int32_t from);
+void lco_page_unmap(lco_kv *kv, int32_t page); /* gives its memory back to the system */
 
 #endif

@@ -7,7 +7,9 @@
  * 4. A page with count > 1 is never written: lco_seq_reserve copies it first (copy-on-write).
  * 5. Of a sequence of n tokens in a cache with a write-back buffer, the tokens from n / 16 * 16 on lie in its tail in 16 bit, all others as codes
  *    in pages. Readers take the block of the query's own position from the tail, all earlier ones from codes, whatever was cached when.
- * 6. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
+ * 6. With a spill file a page is blank (nothing was ever to be written), hot (in memory) or away (in the file), at most host_bytes of them hot.
+ *    Rows go to hot pages: lco_seq_open makes them so. All else is read where it lies, and results don't depend on where that is.
+ * 7. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
  *    and is given back when pages are freed.
  *
  * States of a page: free -> (lco_seq_reserve) held -> (lco_seq_fork) shared -> (free, truncate, copy-on-write) held -> free. */
@@ -29,12 +31,19 @@ typedef struct {
     int32_t page_size;
     bool write_buffer;  /* one-byte codes: keep the block being filled in 16 bit and quantise it once */
     int64_t max_tokens; /* over all sequences; rounded up to whole pages */
+    /* The most memory for pages, 0: no bound. With spill_path, a folder or the name of a file to make, pages beyond it lie in that file;
+     * without, max_tokens becomes what fits. */
+    int64_t host_bytes;
+    const char *spill_path; /* read by lco_kv_create only */
 } lco_kv_options;
 
 typedef struct {
     int64_t pages_total, pages_free, pages_shared, sequences, tokens_held;
-    int64_t page_bytes, reserved_bytes, resident_bytes;      /* address space; memory in use now, as the OS counts it */
-    int64_t bytes_per_token, tail_bytes;                     /* of all sequences, beside the pages */
+    int64_t page_bytes, reserved_bytes, resident_bytes; /* address space; memory in use now, as the OS counts it */
+    int64_t bytes_per_token, tail_bytes;                /* of all sequences, beside the pages */
+    /* With a spill file: pages in it and not in memory; pages written to it and read back whole; slices that attention read, and their bytes;
+     * reads announced to the system, and those that came. */
+    int64_t pages_away, pages_spilled, pages_restored, slices_fetched, bytes_fetched, prefetches_issued, prefetches_used;
     int64_t tokens_appended, blocks_quantised, pages_copied; /* since the cache was made; a block: 16 tokens of all layers and heads */
 } lco_kv_stats;
 
@@ -43,6 +52,9 @@ void lco_kv_destroy(lco_kv *kv); /* frees its sequences too */
 const lco_kv_options *lco_kv_get_options(const lco_kv *kv);
 const lco_kv_view *lco_kv_views(const lco_kv *kv); /* [n_layers] */
 lco_kv_stats lco_kv_get_stats(const lco_kv *kv);
+/* Steps are counted: sequences not used in this one give their memory first. Call before the first lco_seq_reserve of a step. */
+void lco_kv_begin_step(lco_kv *kv);
+int64_t lco_kv_step_tokens(const lco_kv *kv); /* the most tokens of one sequence that a step may append */
 lco_status lco_kv_check(const lco_kv *kv, lco_error *err);
 
 lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err);
@@ -59,6 +71,9 @@ lco_kv *lco_seq_cache(const lco_seq *seq);
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
 /* n reserved tokens were written: the length grows. Their ids may be NULL: not known. */
+/* Before a step in which n of the reserved tokens are written: makes their pages ready. LCO_EPAGES when memory for pages is full of this step's;
+ * LCO_EIO. */
+lco_status lco_seq_open(lco_seq *seq, int64_t n, lco_error *err);
 void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n);
 /* Before `n` tokens come: remembers the block being filled unless they stay in it, so that truncating to this length again, or to less in this
  * block, is exact whatever is appended meanwhile.
@@ -67,6 +82,11 @@ lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err);
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length,
                             lco_error *err); /* keeps [0, length), returns pages past it. A block that was quantised already and is
                                                                             * filled again later comes back to the tail as its codes say. */
+
+/* After a step: LCO_EIO when a page of the sequence could not be read in it; what was computed is worth nothing then. */
+lco_status lco_seq_lost(const lco_seq *seq, lco_error *err);
+/* For fault tests: the n-th read or write of a spill file from now on fails with `code`, an errno. 0: off. */
+void lco_tier_fail_at(int64_t n, int code);
 
 /* Keys and values of a layer as the next token's attention reads them, float32 [n, kv_heads, head_dim] each. `n` is the length. */
 lco_status lco_seq_read(const lco_seq *seq, int32_t layer, int64_t n, float *keys, float *values, lco_error *err);

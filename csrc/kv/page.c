@@ -8,14 +8,17 @@
 #include <unistd.h>
 
 #include "../base/mem.h"
-#include "internal.h"
+#include "tier.h"
 
 #define MAX_PAGES INT32_MAX
+enum { LEAST_HOT = 4 }; /* pages in memory */
 
 static lco_status check_options(const lco_kv_options *o, lco_error *err)
 {
     if (o->page_size < 16 || o->page_size > 512 || o->page_size % 16 != 0)
         return lco_fail(err, LCO_EINVAL, "page_size = %d, expected a multiple of 16 from 16 to 512", o->page_size);
+    if (o->host_bytes < 0 || (o->spill_path != NULL && o->host_bytes == 0))
+        return lco_fail(err, LCO_EINVAL, "host_bytes = %lld, expected the most bytes of memory for pages", (long long)o->host_bytes);
     if (o->max_tokens < 1)
         return lco_fail(err, LCO_EINVAL, "max_tokens = %lld, expected at least 1", (long long)o->max_tokens);
     if (o->n_layers < 1 || o->n_kv_heads < 1 || o->head_dim < 1)
@@ -52,6 +55,17 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
     return LCO_OK;
 }
 
+static void release(lco_kv *kv)
+{
+    lco_tier_destroy(kv);
+    if (kv->base != NULL)
+        munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
+    lco_free(kv->free_stack);
+    lco_free(kv->refs);
+    lco_free(kv->views);
+    lco_free(kv);
+}
+
 lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err)
 {
     *out = NULL;
@@ -67,6 +81,14 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
     const size_t bytes = kv->page_bytes;
     size_t total;
     int64_t n_pages = (options->max_tokens - 1) / options->page_size + 1;
+    const int64_t fits = options->host_bytes > 0 ? options->host_bytes / (int64_t)bytes : n_pages;
+    if (fits < LEAST_HOT && fits < n_pages) {
+        status = lco_fail(err, LCO_EINVAL, "host_bytes = %lld is room for %lld pages of %zu bytes, expected at least %d pages (%zu bytes)",
+                          (long long)options->host_bytes, (long long)fits, bytes, LEAST_HOT, LEAST_HOT * bytes);
+        goto fail;
+    }
+    if (options->spill_path == NULL && fits < n_pages)
+        n_pages = fits;
     if (n_pages > MAX_PAGES || !lco_mul(bytes, (size_t)n_pages, &total)) {
         status = lco_fail(err, LCO_EINVAL, "max_tokens = %lld needs %lld pages of %zu bytes: more than the cache can number",
                           (long long)options->max_tokens, (long long)n_pages, bytes);
@@ -92,13 +114,13 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
         kv->views[i].base = kv->base + kv->views[i].slice_offset;
         kv->views[i].page_bytes = bytes;
     }
+    if ((status = lco_tier_create(kv, err)) != LCO_OK)
+        goto fail;
+    kv->options.spill_path = NULL;
     *out = kv;
     return LCO_OK;
 fail:
-    lco_free(kv->free_stack);
-    lco_free(kv->refs);
-    lco_free(kv->views);
-    lco_free(kv);
+    release(kv);
     return status;
 }
 
@@ -108,11 +130,7 @@ void lco_kv_destroy(lco_kv *kv)
         return;
     while (kv->sequences != NULL)
         lco_seq_destroy(kv->sequences);
-    munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
-    lco_free(kv->free_stack);
-    lco_free(kv->refs);
-    lco_free(kv->views);
-    lco_free(kv);
+    release(kv);
 }
 
 const lco_kv_options *lco_kv_get_options(const lco_kv *kv) { return &kv->options; }
@@ -137,8 +155,8 @@ lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
 
 void lco_page_share(lco_kv *kv, int32_t page) { kv->refs[page]++; }
 
-/* Gives the memory of a free page back to the system: whole system pages inside it. */
-static void unmap_page(lco_kv *kv, int32_t page)
+/* Whole system pages inside it. */
+void lco_page_unmap(lco_kv *kv, int32_t page)
 {
     uintptr_t mask = kv->system_page - 1;
     uintptr_t begin = ((uintptr_t)kv->base + (size_t)page * kv->page_bytes + mask) & ~mask;
@@ -152,14 +170,9 @@ void lco_page_release(lco_kv *kv, int32_t page)
     assert(kv->refs[page] > 0);
     if (--kv->refs[page] > 0)
         return;
-    unmap_page(kv, page);
+    lco_page_unmap(kv, page);
+    lco_tier_forget(kv, page);
     kv->free_stack[kv->n_stacked++] = page;
-}
-
-void lco_page_copy(lco_kv *kv, int32_t to, int32_t from)
-{
-    memcpy(kv->base + (size_t)to * kv->page_bytes, kv->base + (size_t)from * kv->page_bytes, kv->page_bytes);
-    kv->pages_copied++;
 }
 
 /* Bytes of the pool that the system holds in memory now. */
@@ -201,6 +214,15 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         .blocks_quantised = kv->blocks_quantised,
         .pages_copied = kv->pages_copied,
     };
+    if (kv->tier != NULL) {
+        s.pages_away = kv->tier->n_away;
+        s.pages_spilled = kv->tier->spilled;
+        s.pages_restored = kv->tier->restored;
+        s.slices_fetched = kv->tier->fetches;
+        s.bytes_fetched = kv->tier->bytes_fetched;
+        s.prefetches_issued = kv->tier->issued;
+        s.prefetches_used = kv->tier->used;
+    }
     for (int64_t i = 0; i < kv->n_touched; i++)
         s.pages_shared += kv->refs[i] > 1;
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
@@ -238,6 +260,11 @@ lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
     for (int64_t i = 0; i < kv->n_touched && status == LCO_OK; i++)
         if (counts[i] == 0)
             status = lco_fail(err, LCO_EFORMAT, "page %lld is neither free nor held", (long long)i);
+    int64_t page;
+    if (status == LCO_OK && !lco_tier_sound(kv, &page))
+        status =
+            lco_fail(err, LCO_EFORMAT, "page %lld: where it lies contradicts its use, or the counts of pages in memory and away are wrong",
+                     (long long)page);
     lco_free(counts);
     return status;
 }

@@ -19,7 +19,7 @@ static void read_row(const lco_seq *seq, const lco_kv_view *kv, int64_t position
         codes = (const uint8_t *)(lco_tail_rows(kv, lco_seq_tail(seq) + kv->tail_offset, which, head) + position % LCO_KV_BLOCK * d);
         dtype = LCO_BF16;
     } else {
-        const uint8_t *slice = lco_kv_read(kv, 0, seq->table[position / kv->page_size], 0, kv->n_kv_heads);
+        const uint8_t *slice = lco_kv_read(kv, 0, seq->table[position / kv->page_size], -1, 0, kv->n_kv_heads);
         codes = lco_read_codes(kv, slice, which, head) + (size_t)(slot * d) * lco_dtype_bytes(dtype);
         if (lco_dtype_scaled(dtype))
             scale = lco_read_scales(kv, slice, which, head)[slot / LCO_KV_BLOCK];
@@ -36,9 +36,10 @@ lco_status lco_seq_read(const lco_seq *seq, int32_t layer, int64_t n, float *key
     if (n != seq->length)
         return lco_fail(err, LCO_EINVAL, "room for %lld tokens, the sequence holds %lld", (long long)n, (long long)seq->length);
     const lco_kv_view *kv = &seq->kv->views[layer];
+    lco_kv_begin_step(seq->kv);
     for (int64_t i = 0; i < n * kv->n_kv_heads; i++) {
         read_row(seq, kv, i / kv->n_kv_heads, LCO_KEY, i % kv->n_kv_heads, keys + i * kv->head_dim);
         read_row(seq, kv, i / kv->n_kv_heads, LCO_VALUE, i % kv->n_kv_heads, values + i * kv->head_dim);
     }
-    return LCO_OK;
+    return lco_seq_lost(seq, err);
 }

@@ -4,7 +4,7 @@
 
 #include "../base/codes.h"
 #include "../base/mem.h"
-#include "internal.h"
+#include "tier.h"
 
 lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err)
 {
@@ -139,6 +139,25 @@ uint8_t *lco_seq_next_tail(const lco_seq *seq) { return tail_at(seq, 1 - seq->ta
 
 lco_kv *lco_seq_cache(const lco_seq *seq) { return seq->kv; }
 
+/* A copy of the shared page at `index` in its place. There is a free page for it. */
+static lco_status own_page(lco_seq *seq, int64_t index, lco_error *err)
+{
+    lco_kv *kv = seq->kv;
+    int32_t page = 0;
+    lco_page_take(kv, &page, NULL);
+    lco_status status = lco_tier_open(kv, page, false, err);
+    if (status == LCO_OK)
+        status = lco_tier_copy(kv, page, seq->table[index], err);
+    if (status != LCO_OK) {
+        lco_page_release(kv, page);
+        return status;
+    }
+    lco_page_release(kv, seq->table[index]);
+    seq->table[index] = page;
+    kv->pages_copied++;
+    return LCO_OK;
+}
+
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
 {
     lco_kv *kv = seq->kv;
@@ -152,10 +171,10 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
     if (needed > lco_page_free_count(kv))
         return lco_fail(
             err, LCO_EPAGES,
-            "the cache is full: %lld more tokens need %lld pages of %d tokens, %lld of %lld are free; raise max_tokens (now %lld) "
+            "the cache is full: %lld more tokens need %lld pages of %d tokens, %lld of %lld are free; raise max_tokens (now %lld)%s "
             "or free sequences",
             (long long)n, (long long)needed, page_size, (long long)lco_page_free_count(kv), (long long)kv->n_pages,
-            (long long)kv->options.max_tokens);
+            (long long)kv->options.max_tokens, kv->options.host_bytes > 0 ? " and host_bytes, give a spill_path," : "");
     lco_status status = grow_table(seq, want, err);
     if (status == LCO_OK)
         status = grow_ids(seq, seq->length + n, err);
@@ -163,15 +182,28 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
         status = need_tail(seq, err);
     if (status != LCO_OK)
         return status;
-    if (copy) {
-        int32_t page = 0;
-        lco_page_take(kv, &page, NULL);
-        lco_page_copy(kv, page, seq->table[open]);
-        lco_page_release(kv, seq->table[open]);
-        seq->table[open] = page;
-    }
+    if (copy && (status = own_page(seq, open, err)) != LCO_OK)
+        return status;
     for (; seq->n_pages < want; seq->n_pages++)
         lco_page_take(kv, &seq->table[seq->n_pages], NULL);
+    return LCO_OK;
+}
+
+lco_status lco_seq_open(lco_seq *seq, int64_t n, lco_error *err)
+{
+    lco_kv *kv = seq->kv;
+    const int64_t page_size = kv->options.page_size;
+    assert(n >= 0 && seq->length + n <= seq->n_pages * page_size);
+    if (kv->tier == NULL || n == 0)
+        return LCO_OK;
+    seq->last_used = kv->tier->step;
+    for (int64_t i = seq->length / page_size; i * page_size < seq->length + n; i++) {
+        lco_status status = lco_tier_open(kv, seq->table[i], i * page_size < seq->length, err);
+        if (status != LCO_OK)
+            return status;
+        lco_tier_dirty(kv, seq->table[i]);
+    }
+    lco_tier_recall(seq);
     return LCO_OK;
 }
 
@@ -224,12 +256,16 @@ lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err)
 }
 
 /* The tail of a sequence that is cut to `length`, inside a block that was quantised. */
-static void restore_tail(lco_seq *seq, int64_t length)
+static lco_status restore_tail(lco_seq *seq, int64_t length, lco_error *err)
 {
-    if (length <= seq->held_length && length / LCO_KV_BLOCK == seq->held_length / LCO_KV_BLOCK)
+    if (length <= seq->held_length && length / LCO_KV_BLOCK == seq->held_length / LCO_KV_BLOCK) {
         memcpy(lco_seq_tail(seq), seq->held, seq->kv->tail_bytes);
-    else
+        return LCO_OK;
+    }
+    lco_status status = lco_tier_open(seq->kv, seq->table[length / seq->kv->options.page_size], true, err);
+    if (status == LCO_OK)
         reload_tail(seq, length / LCO_KV_BLOCK, length % LCO_KV_BLOCK);
+    return status;
 }
 
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
@@ -237,8 +273,11 @@ lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
     if (length < 0 || length > seq->length)
         return lco_fail(err, LCO_EINVAL, "truncate to %lld tokens, expected 0 to the sequence's length %lld", (long long)length,
                         (long long)seq->length);
+    lco_status status = LCO_OK;
     if (seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK)
-        restore_tail(seq, length);
+        status = restore_tail(seq, length, err);
+    if (status != LCO_OK)
+        return status;
     if (length < seq->held_length)
         seq->held_length = 0;
     seq->length = length;

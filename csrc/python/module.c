@@ -7,9 +7,9 @@
 #include "py_ops.h"
 
 static const char *const ERROR_NAMES[N_STATUS] = {
-    [LCO_EINVAL] = "ArgumentError",          [LCO_ENOMEM] = "OutOfMemoryError", [LCO_EFORMAT] = "FormatError",
-    [LCO_EPAGES] = "OutOfPagesError",        [LCO_ENUMERIC] = "NumericError",   [LCO_EFORK] = "ForkError",
-    [LCO_EUNSUPPORTED] = "UnsupportedError",
+    [LCO_EINVAL] = "ArgumentError",   [LCO_ENOMEM] = "OutOfMemoryError",       [LCO_EFORMAT] = "FormatError",
+    [LCO_EPAGES] = "OutOfPagesError", [LCO_ENUMERIC] = "NumericError",         [LCO_EFORK] = "ForkError",
+    [LCO_EIO] = "StorageError",       [LCO_EUNSUPPORTED] = "UnsupportedError",
 };
 
 core_state *lco_py_state(PyObject *self) { return PyType_GetModuleState(Py_TYPE(self)); }

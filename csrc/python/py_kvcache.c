@@ -34,14 +34,15 @@ static void free_object(PyObject *self)
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", NULL};
+    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", "host_bytes", "spill_path", NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype;
     int page_size, write_buffer;
-    long long max_tokens;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer))
+    long long max_tokens, host_bytes = 0;
+    const char *spill_path = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lz", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -49,7 +50,9 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .head_dim = owner->head_dim,
                               .page_size = page_size,
                               .write_buffer = write_buffer,
-                              .max_tokens = max_tokens};
+                              .max_tokens = max_tokens,
+                              .host_bytes = host_bytes,
+                              .spill_path = spill_path};
     if (!lco_py_dtype(dtype, &options.dtype))
         return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected " LCO_PY_DTYPES, dtype);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -131,11 +134,35 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
     LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), s = lco_kv_get_stats(kv));
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
-    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:L}", "pages_total", s.pages_total, "pages_free", s.pages_free,
-                         "pages_shared", s.pages_shared, "sequences", s.sequences, "tokens_held", s.tokens_held, "page_bytes", s.page_bytes,
-                         "reserved_bytes", s.reserved_bytes, "resident_bytes", s.resident_bytes, "bytes_per_token", s.bytes_per_token,
-                         "tokens_appended", s.tokens_appended, "pages_copied", s.pages_copied, "blocks_quantised", s.blocks_quantised,
-                         "tail_bytes", s.tail_bytes);
+    const struct {
+        const char *name;
+        int64_t value;
+    } counts[] = {
+#define COUNT(name) {#name, s.name}
+        COUNT(pages_total),    COUNT(pages_free),      COUNT(pages_shared),     COUNT(pages_away),        COUNT(sequences),
+        COUNT(tokens_held),    COUNT(page_bytes),      COUNT(bytes_per_token),  COUNT(reserved_bytes),    COUNT(resident_bytes),
+        COUNT(tail_bytes),     COUNT(tokens_appended), COUNT(blocks_quantised), COUNT(pages_copied),      COUNT(pages_spilled),
+        COUNT(pages_restored), COUNT(slices_fetched),  COUNT(bytes_fetched),    COUNT(prefetches_issued), COUNT(prefetches_used),
+#undef COUNT
+    };
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict != NULL && i < sizeof counts / sizeof counts[0]; i++) {
+        PyObject *value = PyLong_FromLongLong(counts[i].value);
+        if (value == NULL || PyDict_SetItemString(dict, counts[i].name, value) != 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
+}
+
+static PyObject *cache_step_tokens(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    int64_t n = 0;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), n = lco_kv_step_tokens(kv));
+    return status == LCO_OK ? PyLong_FromLongLong(n) : lco_py_raise((PyObject *)self, &err);
 }
 
 static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
@@ -152,6 +179,8 @@ static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
 static PyMethodDef cache_methods[] = {
     {"sequence", (PyCFunction)(void (*)(void))cache_sequence, METH_NOARGS, "sequence()\n--\n\nA new, empty sequence."},
     {"stats", (PyCFunction)(void (*)(void))cache_stats, METH_NOARGS, "stats()\n--\n\nExact counters as a dict."},
+    {"step_tokens", (PyCFunction)(void (*)(void))cache_step_tokens, METH_NOARGS,
+     "step_tokens()\n--\n\nThe most tokens of one sequence that a step may append."},
     {"check", (PyCFunction)(void (*)(void))cache_check, METH_NOARGS,
      "check()\n--\n\nProve the cache's invariants; FormatError names the first that fails."},
     {"close", (PyCFunction)(void (*)(void))cache_close, METH_NOARGS, "close()\n--\n\nGive all memory back; sequences of this cache end."},
@@ -162,7 +191,8 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer)\n--\n\nA paged key/value cache shaped for a model."},
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None)\n--\n\nA paged key/value cache "
+                "shaped for a model."},
     {0, NULL},
 };
 

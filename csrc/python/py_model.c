@@ -304,9 +304,14 @@ static lco_status nan_check(const float *logits, int64_t rows, int64_t vocab, in
 static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, const forward_call *call, lco_error *err)
 {
     const int64_t pos = lco_seq_length(seq), last = call->n - 1, vocab = lco_model_get_config(model)->vocab_size;
+    lco_kv_begin_step(kv);
     lco_status status = lco_seq_reserve(seq, call->n, err);
     if (status != LCO_OK)
         return status;
+    if ((status = lco_seq_open(seq, call->n, err)) != LCO_OK) {
+        (void)lco_seq_truncate(seq, pos, NULL);
+        return status;
+    }
     lco_item item = {.table = lco_seq_table(seq), .len = call->n, .pos = pos, .rope_length = call->rope_length, .prompt = call->prompt};
     item.tail = lco_seq_tail(seq);
     item.next_tail = lco_seq_next_tail(seq);
@@ -320,6 +325,8 @@ static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, cons
     status = lco_batch_check(model, kv, &batch, err);
     if (status == LCO_OK)
         status = lco_llama_forward(model, kv, &batch, call->logits, err);
+    if (status == LCO_OK)
+        status = lco_seq_lost(seq, err);
     if (status == LCO_OK && call->logits != NULL)
         status = nan_check(call->logits, batch.n_logits, vocab, pos + call->n - batch.n_logits, err);
     if (status == LCO_OK)

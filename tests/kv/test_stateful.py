@@ -22,6 +22,8 @@ OPTIONS = {
     "fp8_e5m2": {"dtype": "fp8_e5m2"},
     "int8": {"dtype": "int8", "page_size": 48},
     "unbuffered": {"dtype": "fp8_e4m3", "write_buffer": False},
+    "spilled": {"dtype": "fp8_e4m3", "hot_pages": 4},
+    "spilled bfloat16": {"dtype": "bfloat16", "page_size": 32, "hot_pages": 5},
 }
 EXACT = ("dtype", "page_size", "write_buffer")  # options that the plain model shares: the others may not change a bit
 
@@ -188,8 +190,15 @@ def small(tmp_path_factory):
         yield model
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_random_treatment(small, options):
-    machine = type(f"Cache_{options}", (Cache,), {"model": small, "options": OPTIONS[options]})
+def with_file(model, folder, hot_pages, **options):
+    """Options of a cache with so many pages in memory."""
+    with llmcoopt.KVCache(model, max_tokens=64, **{"page_size": 16} | options) as cache:
+        return options | {"host_bytes": hot_pages * cache.stats()["page_bytes"], "spill_path": folder}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_random_treatment(small, name, tmp_path):
+    options = with_file(small, tmp_path, **OPTIONS[name]) if "hot_pages" in OPTIONS[name] else OPTIONS[name]
+    machine = type(f"Cache_{name}", (Cache,), {"model": small, "options": options})
     quick = settings(max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     run_state_machine_as_test(machine, settings=quick)

@@ -173,7 +173,7 @@ static const uint16_t *stage_run(const attention_job *job, const unit *u, const 
         k->keys[g] = own_keys;
         return own_values;
     }
-    const uint8_t *slice = lco_kv_read(kv, b->thread, u->item->table[t / kv->page_size], u->head, 1);
+    const uint8_t *slice = lco_kv_read(kv, b->thread, u->item->table[t / kv->page_size], -1, u->head, 1);
     const int64_t offset = t % kv->page_size * b->d;
     const bool as_it_lies = from == 0 && to == TILE && b->d == b->width;
     k->keys[g] = (const uint16_t *)lco_read_codes(kv, slice, LCO_KEY, u->head) + offset;

@@ -26,7 +26,7 @@ static stored find(const attention_job *job, int thread, int64_t reader, int64_t
         const uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, job->item, block), which, head);
         return (stored){(const uint8_t *)(rows + position % LCO_KV_BLOCK * kv->head_dim), LCO_BF16, 1};
     }
-    const uint8_t *slice = lco_kv_read(kv, thread, job->item->table[position / kv->page_size], head, 1);
+    const uint8_t *slice = lco_kv_read(kv, thread, job->item->table[position / kv->page_size], -1, head, 1);
     stored s = {lco_read_codes(kv, slice, which, head), kv->dtype, 1};
     s.codes += (size_t)slot * (size_t)kv->head_dim * lco_dtype_bytes(kv->dtype);
     if (lco_dtype_scaled(kv->dtype))

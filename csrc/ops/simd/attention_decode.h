@@ -293,7 +293,7 @@ static void decode_unit(const attention_job *job, const unit *u, int thread)
         if (begin >= end)
             continue;
         const int32_t at = u->item->table[page], next = u->item->table[page < last_page ? page + 1 : page];
-        const uint8_t *slice = lco_kv_read(a->kv, thread, at, u->head, u->heads);
+        const uint8_t *slice = lco_kv_read(a->kv, thread, at, next, u->head, u->heads);
         decode_page(job, u, scaled, slice, lco_kv_away(a->kv, next) ? slice : lco_kv_slice(a->kv, next), begin - start, end - start);
     }
     if (coded <= pos && last_page == pos / page_size)

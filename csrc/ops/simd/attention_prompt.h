@@ -109,7 +109,7 @@ static void convert_block(const attention_job *job, const unit *u, int thread, c
         const int64_t page = t / kv->page_size, skip = (t - begin) % LCO_KV_BLOCK, from = t - skip;
         stop = (page + 1) * kv->page_size < end ? (page + 1) * kv->page_size : end;
         const size_t offset = (size_t)(from % kv->page_size * b->d) * lco_dtype_bytes(kv->dtype);
-        const uint8_t *slice = lco_kv_read(kv, thread, u->item->table[page], u->head, 1);
+        const uint8_t *slice = lco_kv_read(kv, thread, u->item->table[page], stop < end ? u->item->table[page + 1] : -1, u->head, 1);
         const uint8_t *keys = lco_read_codes(kv, slice, LCO_KEY, u->head) + offset;
         const uint8_t *values = lco_read_codes(kv, slice, LCO_VALUE, u->head) + offset;
         const float *key_scales = NULL, *value_scales = NULL;
