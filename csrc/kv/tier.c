@@ -16,15 +16,15 @@
 static int64_t io_countdown; /* lco_tier_fail_at */
 static int io_errno;
 
-void lco_tier_fail_at(int64_t n, int code)
+int64_t lco_tier_fail_at(int64_t n, int code)
 {
-    io_countdown = n;
     io_errno = code;
+    return __atomic_exchange_n(&io_countdown, n, __ATOMIC_RELAXED);
 }
 
 static bool io_fails(void)
 {
-    if (__atomic_load_n(&io_countdown, __ATOMIC_RELAXED) == 0 || __atomic_sub_fetch(&io_countdown, 1, __ATOMIC_RELAXED) != 0)
+    if (__atomic_load_n(&io_countdown, __ATOMIC_RELAXED) <= 0 || __atomic_sub_fetch(&io_countdown, 1, __ATOMIC_RELAXED) != 0)
         return false;
     errno = io_errno;
     return true;
