@@ -4,8 +4,8 @@
 `python benchmarks/decode.py` times models with random bfloat16 weights in the shapes below; a folder or .gguf file times that model instead.
 A decode step must read every weight matrix once (of the embedding only rows, unless it is the head too) and the cache of every sequence; the
 share is these bytes over the step time, divided by the read bandwidth (roofline.py). Machines are noisy, so steps and probes of the machine
-alternate: every few steps the bandwidth is measured again, every prompt is followed by a measurement of the arithmetic, and shares are medians
-over these rounds. Steps are timed from Python, so they include all there is. Writes results/decode_<date>.csv.
+alternate: every few steps the bandwidth is measured again, the arithmetic before and after every prompt (a prompt's share is of the mean of
+both), and shares are medians over these rounds. Steps are timed from Python, so they include all there is. Writes results/decode_<date>.csv.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmcoopt.generation import Options
 
 CHUNK = 512  # prompt tokens of a step
 ROUND = 6  # decode steps between two probes of the bandwidth
-PROMPTS = 5  # prompts timed
+PROMPTS = 9  # prompts timed
 # vocabulary, hidden, ffn, layers, heads, kv heads, tied head
 SHAPES = {
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True),
@@ -91,11 +91,13 @@ def step_bytes(model: llmcoopt.Model, tokens: float, bytes_per_token: int) -> fl
 
 
 def prompt_flops(model: llmcoopt.Model, prompt: int) -> float:
-    """Operations of a prompt's products: every matrix but the head for every token (the head is needed once), and causal attention."""
+    """Operations of a prompt's products, and of causal attention. The head, and in the last layer all that follows attention, is computed for one
+    token alone."""
     c = model.config
     d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    matrices = c.num_hidden_layers * (d * (2 * q + 2 * kv) + 3 * d * c.intermediate_size)
-    return 2.0 * prompt * matrices + 2.0 * c.vocab_size * d + c.num_hidden_layers * 2.0 * q * prompt * (prompt + 1)
+    before, after = d * (q + 2 * kv), d * q + 3 * d * c.intermediate_size
+    matrices = prompt * (c.num_hidden_layers * before + (c.num_hidden_layers - 1) * after) + after + c.vocab_size * d
+    return 2.0 * matrices + c.num_hidden_layers * 2.0 * q * prompt * (prompt + 1)
 
 
 def peak_unit(model: llmcoopt.Model) -> str:
@@ -120,13 +122,13 @@ class Probe:
         return max(roofline.read_bandwidth(self.data, self.threads, ahead, 1) for ahead in self.ahead)
 
     def peak(self) -> float:
-        return roofline.peak_flops(self.unit, self.threads, 2)
+        return roofline.peak_flops(self.unit, self.threads, 1)
 
 
 def time_prompts(model: llmcoopt.Model, prompt: int, probe: Probe) -> dict:
-    """One prompt of one sequence, several times, each followed by a probe."""
+    """One prompt of one sequence, several times, each between two probes."""
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, prompt).astype(np.int32)
-    seconds, shares = [], []
+    seconds, peaks = [], [probe.peak()]
     with llmcoopt.KVCache(model, max_tokens=prompt) as cache:
         for _ in range(PROMPTS):
             sequence = cache.sequence()
@@ -134,10 +136,14 @@ def time_prompts(model: llmcoopt.Model, prompt: int, probe: Probe) -> dict:
             model.forward(ids, sequence, last_only=True)
             seconds.append(time.perf_counter() - began)
             sequence.free()
-            shares.append(prompt_flops(model, prompt) / seconds[-1] / probe.peak())
-    median = float(np.median(seconds))
-    return {"prompt": prompt, "prompt_tok_s": prompt / median, "prompt_gflop_s": prompt_flops(model, prompt) / median / 1e9} | {
-        "of_peak": float(np.median(shares))
+            peaks.append(probe.peak())
+    median, flops = float(np.median(seconds)), prompt_flops(model, prompt)
+    shares = [flops / s / ((before + after) / 2) for s, before, after in zip(seconds, peaks, peaks[1:], strict=False)]
+    return {
+        "prompt": prompt,
+        "prompt_tok_s": prompt / median,
+        "prompt_gflop_s": flops / median / 1e9,
+        "of_peak": float(np.median(shares)),
     }
 
 

@@ -58,6 +58,13 @@ class Case:
     unit: str = ""  # of roofline.UNITS, "": the float32 unit of the instruction set
 
 
+def prompt_unit(isa: str, detail: str, dtype: str) -> str:
+    """The unit of roofline.UNITS that products of a prompt run on, "" for the float32 unit."""
+    if dtype != "bfloat16" or "bf16" not in detail.lower():
+        return ""
+    return "amx bf16" if isa == "amx" else "avx512 bf16"
+
+
 class Bench:
     """Cases of one instruction set and thread count, over shared rotating memory."""
 
@@ -78,8 +85,7 @@ class Bench:
     def linear(self, shape: Shape, m: int, prompt: bool, dtype: str) -> Iterator[Case]:
         h, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         kind = "prompt" if prompt else "decode"
-        bf16 = prompt and dtype == "bfloat16" and "bf16" in self.ctx.detail.lower()
-        unit = "amx bf16" if bf16 and self.isa == "amx" else "avx512 bf16" if bf16 else ""
+        unit = prompt_unit(self.isa, self.ctx.detail, dtype) if prompt else ""
         for name, k, outputs in (
             ("qkv", h, (q, kv, kv)),
             ("o", q, (h,)),
@@ -97,6 +103,24 @@ class Bench:
                 self.ctx.linear(x, parts, m_prompt=len(x) if prompt else 0)
 
             yield Case("linear", f"{kind} {name} {total}x{k} m{m} {dtype}", call, total * k * SIZE[dtype], 2.0 * m * total * k, unit)
+
+    def mlp(self, shape: Shape, m: int, dtype: str) -> Iterator[Case]:
+        """gate, up, swiglu and down of a prompt in one."""
+        h, f = shape.hidden, shape.ffn
+        x, out, middle, weights = (
+            self.floats(m, h),
+            np.empty((m, h), np.float32),
+            np.empty((2, m, f), np.float32),
+            self.rotation(3 * f, h, dtype),
+        )
+        unit = prompt_unit(self.isa, self.ctx.detail, dtype)
+
+        def call():
+            w = next(weights)
+            gate, up = ((middle[i], w[i * f : (i + 1) * f], dtype, None) for i in range(2))
+            self.ctx.mlp(x, gate, up, (out, w[2 * f :].reshape(h, f), dtype, None), m_prompt=m)
+
+        yield Case("mlp", f"prompt {f}x{h} m{m} {dtype}", call, 3 * f * h * SIZE[dtype], 6.0 * m * f * h, unit)
 
     def small(self, shape: Shape, m: int) -> Iterator[Case]:
         """embed, rmsnorm, swiglu."""
@@ -154,6 +178,8 @@ class Bench:
                 for t in dtypes
                 for m, prompt in ((1, False), (4, False), (4, True), (64, True), (512, True))
             ]
+        if "mlp" in ops:
+            every += [self.mlp(shape, m, t) for t in dtypes for m in (64, 512)]
         if {"embed", "rmsnorm", "swiglu"} & set(ops):
             every += [self.small(shape, m) for m in (1, 512)]
         if {"rope_append", "attention"} & set(ops):

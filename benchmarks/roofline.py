@@ -2,6 +2,7 @@
 
 `python benchmarks/roofline.py` prints a table, `--json` the same for programs. benchmarks/ops.py divides by these figures. The loops are in
 roofline.c, compiled on first use into a temporary folder. The reading base is the best of a plain loop and of loops with software prefetch.
+"amx bf16" multiplies tiles that are in registers, the unit's own peak; "from L1" loads a tile for every product, as a product of matrices must.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-UNITS = ("avx2 f32", "avx512 f32", "avx512 bf16", "amx bf16")
+UNITS = ("avx2 f32", "avx512 f32", "avx512 bf16", "amx bf16", "amx bf16 from L1")
 AHEAD = (0, 1024, 2048, 4096, 8192)  # bytes of software prefetch tried
 READ_BYTES = 512 << 20  # far more than any last-level cache share we meet
 TRIES = 5

@@ -109,6 +109,15 @@ class OpContext:
         self, x: Buffer, parts: _Sequence[tuple[Buffer, Buffer, str, Buffer | None]], m_prompt: int = 0, accumulate: bool = False
     ) -> None: ...
     def swiglu(self, out: Buffer, gate: Buffer, up: Buffer) -> None: ...
+    def mlp(
+        self,
+        x: Buffer,
+        gate: tuple[Buffer, Buffer, str, Buffer | None],
+        up: tuple[Buffer, Buffer, str, Buffer | None],
+        down: tuple[Buffer, Buffer, str, Buffer | None],
+        m_prompt: int = 0,
+        accumulate: bool = False,
+    ) -> None: ...
     def rope_append(
         self,
         q: Buffer,

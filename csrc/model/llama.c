@@ -85,14 +85,20 @@ static lco_linear_part part(float *out, const lco_weight *w)
     return (lco_linear_part){.out = out, .ld_out = w->n, .w = w->data, .dtype = w->dtype, .bias = w->bias, .n = w->n};
 }
 
+static lco_linear_args linear_args(const step *s, const float *x, int64_t k, bool add, int n_parts)
+{
+    return (lco_linear_args){
+        .n_parts = n_parts, .accumulate = add, .x = x, .k = k, .ld_x = k, .m = s->m, .m_prompt = s->m_prompt, .exec = &s->model->exec};
+}
+
 /* Every part's out = x @ w^T + bias, or out += ... when `add`. */
 static void linear(step *s, const float *x, int64_t k, bool add, int n_parts, lco_linear_part first, lco_linear_part second,
                    lco_linear_part third)
 {
-    lco_linear_args args = {.part = {first, second, third}, .n_parts = n_parts, .accumulate = add, .x = x, .k = k, .ld_x = k};
-    args.m = s->m;
-    args.m_prompt = s->m_prompt;
-    args.exec = &s->model->exec;
+    lco_linear_args args = linear_args(s, x, k, add, n_parts);
+    args.part[0] = first;
+    args.part[1] = second;
+    args.part[2] = third;
     if (s->status == LCO_OK && s->m > 0)
         s->status = s->model->ops->linear(&args);
 }
@@ -127,13 +133,17 @@ static void attention(step *s, int64_t layer)
         s->status = s->model->ops->attention(&args);
 }
 
-/* gate = silu(gate) * up */
-static void swiglu(step *s)
+/* x += down(silu(gate(normed)) * up(normed)) */
+static void mlp(step *s, const lco_layer *layer)
 {
-    lco_swiglu_args args = {.out = s->b.gate, .gate = s->b.gate, .up = s->b.up, .m = s->m, .n = s->model->config.intermediate_size};
-    args.exec = &s->model->exec;
-    if (s->status == LCO_OK)
-        s->status = s->model->ops->swiglu(&args);
+    const lco_model_config *c = &s->model->config;
+    lco_mlp_args args = {.in = linear_args(s, s->b.normed, c->hidden_size, false, 2),
+                         .out = linear_args(s, s->b.gate, c->intermediate_size, true, 1)};
+    args.in.part[0] = part(s->b.gate, &layer->gate);
+    args.in.part[1] = part(s->b.up, &layer->up);
+    args.out.part[0] = part(s->b.x, &layer->down);
+    if (s->status == LCO_OK && s->m > 0)
+        s->status = s->model->ops->mlp(&args);
 }
 
 /* Keeps the asked rows of a buffer, moved to the front. Rows ascend, so a move never overwrites a row still to come. */
@@ -180,9 +190,7 @@ static void layer_forward(step *s, int64_t index)
     linear(s, b->attended, layer->o.k, true, 1, part(b->x, &layer->o), none, none);
 
     norm(s, b->normed, b->x, layer->ffn_norm, s->m, c->hidden_size);
-    linear(s, b->normed, c->hidden_size, false, 2, part(b->gate, &layer->gate), part(b->up, &layer->up), none);
-    swiglu(s);
-    linear(s, b->gate, c->intermediate_size, true, 1, part(b->x, &layer->down), none, none);
+    mlp(s, layer);
 }
 
 static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, float *logits, lco_error *err)

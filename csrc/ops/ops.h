@@ -71,6 +71,12 @@ typedef struct {
     const lco_exec *exec;
 } lco_swiglu_args;
 
+/* mlp: out.part[0].out (+)= silu(x . gate^T) * (x . up^T) . down^T, to the bit what linear(in), swiglu(gate, gate, up) and linear(out) give.
+ * in: two parts of equal n, gate and up, with out [m, n] for scratch; out: one part, x = gate's out, k = n; m and m_prompt are equal. */
+typedef struct {
+    lco_linear_args in, out;
+} lco_mlp_args;
+
 /* One sequence's share of a ragged batch: rows [row, row + len) are its tokens at positions [pos, pos + len).
  * Position t lies in page table[t / page_size], slot t % page_size. Attention of these rows reads positions [0, pos + len).
  * Prompt items come first in a batch, then decode items (len == 1 there). */
@@ -137,6 +143,7 @@ typedef struct {
     lco_status (*rmsnorm)(const lco_rmsnorm_args *);
     lco_status (*linear)(const lco_linear_args *);
     lco_status (*swiglu)(const lco_swiglu_args *);
+    lco_status (*mlp)(const lco_mlp_args *);
     lco_status (*rope_append)(const lco_rope_append_args *);
     lco_status (*attention)(const lco_attention_args *);
 } lco_ops;

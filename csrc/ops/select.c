@@ -13,6 +13,7 @@ static const lco_ops REF = {
     .rmsnorm = lco_ref_rmsnorm,
     .linear = lco_ref_linear,
     .swiglu = lco_ref_swiglu,
+    .mlp = lco_ref_mlp,
     .rope_append = lco_ref_rope_append,
     .attention = lco_ref_attention,
 };
@@ -28,15 +29,28 @@ static const lco_ops AVX2 = {
     .rmsnorm = lco_avx2_rmsnorm,
     .linear = lco_avx2_linear,
     .swiglu = lco_avx2_swiglu,
+    .mlp = lco_avx2_mlp,
     .rope_append = lco_avx2_rope_append,
     .attention = lco_avx2_attention,
 };
-static const lco_ops AVX512 = {
-    .name = "avx512", .detail = "AVX-512", .linear = lco_avx512_linear, .attention = lco_avx512_attention, AVX512_COMMON};
-static const lco_ops AVX512_BF16 = {
-    .name = "avx512", .detail = "AVX-512 with BF16", .linear = lco_avx512_linear_bf16, .attention = lco_avx512_attention, AVX512_COMMON};
-static const lco_ops AMX = {
-    .name = "amx", .detail = "AVX-512, AMX with BF16 tiles", .linear = lco_amx_linear, .attention = lco_amx_attention, AVX512_COMMON};
+static const lco_ops AVX512 = {.name = "avx512",
+                               .detail = "AVX-512",
+                               .linear = lco_avx512_linear,
+                               .mlp = lco_avx512_mlp,
+                               .attention = lco_avx512_attention,
+                               AVX512_COMMON};
+static const lco_ops AVX512_BF16 = {.name = "avx512",
+                                    .detail = "AVX-512 with BF16",
+                                    .linear = lco_avx512_linear_bf16,
+                                    .mlp = lco_avx512_mlp_bf16,
+                                    .attention = lco_avx512_attention,
+                                    AVX512_COMMON};
+static const lco_ops AMX = {.name = "amx",
+                            .detail = "AVX-512, AMX with BF16 tiles",
+                            .linear = lco_amx_linear,
+                            .mlp = lco_amx_mlp,
+                            .attention = lco_amx_attention,
+                            AVX512_COMMON};
 #endif
 
 #define MAX_TABLES 4

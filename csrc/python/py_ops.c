@@ -141,6 +141,50 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(
+    mlp_doc,
+    "mlp(x, gate, up, down, m_prompt=0, accumulate=False)\n--\n\n"
+    "Parts as linear takes them: down's out[m, k] = (silu(x @ gate.T) * (x @ up.T)) @ down.T (+ out when accumulate), with biases;\n"
+    "gate's and up's out[m, n] are scratch, contiguous.");
+
+static PyObject *context_mlp(PyObject *object, PyObject *args, PyObject *kw)
+{
+    OpContext *self = (OpContext *)object;
+    PyThreadState *state;
+    PyObject *result = NULL;
+    static const char *const names[] = {"x", "gate", "up", "down", "m_prompt", "accumulate", NULL};
+    PyObject *x_o, *parts[3];
+    long long m_prompt = 0;
+    int accumulate = 0;
+    bag b = {.n = 0};
+    const Py_buffer *x;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOO|Lp:mlp", (char **)names, &x_o, &parts[0], &parts[1], &parts[2], &m_prompt,
+                                     &accumulate))
+        return NULL;
+    lco_mlp_args a = {.in = {.exec = &self->exec, .n_parts = 2}, .out = {.exec = &self->exec, .n_parts = 1, .accumulate = accumulate}};
+    if ((x = take(&b, x_o, "x", "f", 2, READ)) == NULL ||
+        !check(m_prompt >= 0 && m_prompt <= x->shape[0], "m_prompt", m_prompt, "0 to the rows of x"))
+        goto done;
+    a.in.x = x->buf;
+    a.in.m = a.out.m = x->shape[0];
+    a.in.m_prompt = a.out.m_prompt = m_prompt;
+    a.in.k = x->shape[1];
+    a.in.ld_x = row_stride(x);
+    if (!take_part(&b, parts[0], &a.in.part[0], a.in.m, a.in.k) || !take_part(&b, parts[1], &a.in.part[1], a.in.m, a.in.k) ||
+        !check(a.in.part[1].n == a.in.part[0].n, "the width of up", a.in.part[1].n, "the width of gate") ||
+        !check(a.in.part[0].ld_out == a.in.part[0].n && a.in.part[1].ld_out == a.in.part[1].n, "the width of gate", a.in.part[0].n,
+               "contiguous rows of gate and up") ||
+        !take_part(&b, parts[2], &a.out.part[0], a.in.m, a.in.part[0].n))
+        goto done;
+    a.out.x = a.in.part[0].out;
+    a.out.k = a.out.ld_x = a.in.part[0].n;
+    if ((state = enter(self)) != NULL)
+        result = leave(self, state, self->ops->mlp(&a));
+done:
+    bag_release(&b);
+    return result;
+}
+
 PyDoc_STRVAR(swiglu_doc, "swiglu(out, gate, up)\n--\n\nout = silu(gate) * up, all float32 [m, n] and contiguous; out may be gate or up.");
 
 static PyObject *context_swiglu(PyObject *object, PyObject *args, PyObject *kw)
@@ -231,6 +275,7 @@ static const PyMethodDef CONTEXT_METHODS[] = {
     METHOD(rmsnorm),
     METHOD(linear),
     METHOD(swiglu),
+    METHOD(mlp),
     {"rope_append", (PyCFunction)(void (*)(void))lco_py_rope_append, METH_VARARGS | METH_KEYWORDS, lco_py_rope_append_doc},
     {"attention", (PyCFunction)(void (*)(void))lco_py_attention, METH_VARARGS | METH_KEYWORDS, lco_py_attention_doc},
     {NULL, NULL, 0, NULL}};

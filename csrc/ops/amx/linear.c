@@ -2,8 +2,10 @@
  *
  * A tile product adds A [16 weight rows][32 of k] . B [16 pairs of k][16 rows of x] to C [16 weight rows][16 rows of x]: weight rows are
  * an A operand as they lie, packed x is a B operand as it lies. Two A and two B tiles give four products for four loads:
- *   tiles 0..3: C (2 x 2), 4..5: A, 6..7: B */
-#include "../simd/linear_bf16.h"
+ *   tiles 0..3: C (2 x 2), 4..5: A, 6..7: B
+ * Weights pass while two panels of x stay: their loads ask for no place in L1. */
+#define ITEM_ROWS 128
+#include "../simd/linear_mlp.h"
 #include "tiles.h"
 
 /* Where the tile of a panel and of the `half`-th 16 weight rows lies. */
@@ -12,7 +14,7 @@
 /* Asks for the lines of out, which another core may hold, that hold `columns` weight rows from `row` on of rows [begin, end) of x. */
 ALWAYS_INLINE void prefetch_out(const prompt_block *block, int64_t row, const int columns, int64_t begin, int64_t end)
 {
-    if (!block->last)
+    if (!block->last || block->middle != NULL)
         return;
     for (int64_t i = begin; i < (end < block->x_rows ? end : block->x_rows); i++)
         for (int j = 0; j < columns; j += VL)
@@ -45,10 +47,10 @@ static void product_2x2(float *sums, const uint32_t *x, const uint32_t *w, const
     }
     for (int64_t u = 0; u < n_units; u += TILE) {
         prefetch_step(block, row, panel, panels, u);
-        _tile_loadd(4, w + u, ROW_UNITS * 4);
+        _tile_stream_loadd(4, w + u, ROW_UNITS * 4);
         _tile_loadd(6, x + u * VL, VL * 4);
         _tile_loadd(7, x + (n_units + u) * VL, VL * 4);
-        _tile_loadd(5, w + TILE * ROW_UNITS + u, ROW_UNITS * 4);
+        _tile_stream_loadd(5, w + TILE * ROW_UNITS + u, ROW_UNITS * 4);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
@@ -74,8 +76,8 @@ static void product_2x1(float *sums, const uint32_t *x, const uint32_t *w, const
     for (int64_t u = 0; u < block->n_units; u += TILE) {
         prefetch_step(block, row, panel, panels, u);
         _tile_loadd(6, x + u * VL, VL * 4);
-        _tile_loadd(4, w + u, ROW_UNITS * 4);
-        _tile_loadd(5, w + TILE * ROW_UNITS + u, ROW_UNITS * 4);
+        _tile_stream_loadd(4, w + u, ROW_UNITS * 4);
+        _tile_stream_loadd(5, w + TILE * ROW_UNITS + u, ROW_UNITS * 4);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
     }
@@ -98,19 +100,20 @@ static void multiply_tiles(float *sums, const uint32_t *x, const uint32_t *w, co
                 product_2x1(to, xs, ws, block, row, panel, panels);
             FENCE();
             for (int64_t i = 0; block->last && i < 2 * width; i++)
-                finish_tile(block, panel + i % width, row + i / width * TILE, SUMS_AT(to, i % width, i / width));
+                block->finish(block, panel + i % width, row + i / width * TILE, SUMS_AT(to, i % width, i / width));
         }
     }
 }
 
-lco_status lco_amx_linear(const lco_linear_args *a)
-{
-    static const prompt_kernel KERNEL = {.per_unit = 2,
-                                         .row_step = 2 * TILE,
-                                         .pack_x = pack_x_bf16,
-                                         .copy_w = copy_w_bf16,
-                                         .multiply = multiply_tiles,
-                                         .begin = tiles_begin,
-                                         .end = tiles_end};
-    return linear_bf16(a, &KERNEL);
-}
+static const prompt_kernel KERNEL = {.per_unit = 2,
+                                     .row_step = 2 * TILE,
+                                     .shares = 5,
+                                     .pack_x = pack_x_bf16,
+                                     .copy_w = copy_w_bf16,
+                                     .multiply = multiply_tiles,
+                                     .begin = tiles_begin,
+                                     .end = tiles_end};
+
+lco_status lco_amx_linear(const lco_linear_args *a) { return linear_bf16(a, &KERNEL); }
+
+lco_status lco_amx_mlp(const lco_mlp_args *a) { return mlp_bf16(a, &KERNEL, lco_amx_linear); }

@@ -59,9 +59,21 @@ static lco_linear_args select_parts(const lco_linear_args *a, bool bf16)
     return chosen;
 }
 
+/* Rows [m_prompt, m) of `a`. */
+static lco_linear_args decode_rows(const lco_linear_args *a)
+{
+    lco_linear_args decode = *a;
+    for (int p = 0; p < a->n_parts; p++)
+        decode.part[p].out += a->m_prompt * a->part[p].ld_out;
+    decode.x += a->m_prompt * a->ld_x;
+    decode.m -= a->m_prompt;
+    decode.m_prompt = 0;
+    return decode;
+}
+
 static lco_status linear_bf16(const lco_linear_args *a, const prompt_kernel *kernel)
 {
-    lco_linear_args prompt = select_parts(a, true), other = select_parts(a, false), decode = *a;
+    lco_linear_args prompt = select_parts(a, true), other = select_parts(a, false);
     if (a->m_prompt == 0 || prompt.n_parts == 0)
         return lco_avx512_linear(a);
     lco_status status = linear_prompt(&prompt, kernel);
@@ -69,11 +81,7 @@ static lco_status linear_bf16(const lco_linear_args *a, const prompt_kernel *ker
         status = lco_avx512_linear(&other);
     if (status != LCO_OK || a->m == a->m_prompt)
         return status;
-    for (int p = 0; p < a->n_parts; p++)
-        decode.part[p].out += a->m_prompt * a->part[p].ld_out;
-    decode.x += a->m_prompt * a->ld_x;
-    decode.m -= a->m_prompt;
-    decode.m_prompt = 0;
+    const lco_linear_args decode = decode_rows(a);
     return lco_avx512_linear(&decode);
 }
 

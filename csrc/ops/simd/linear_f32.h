@@ -48,7 +48,7 @@ static void multiply_f32(float *sums, const uint32_t *x, const uint32_t *w, cons
 static lco_status linear_f32(const lco_linear_args *a)
 {
     static const prompt_kernel KERNEL = {
-        .per_unit = 1, .row_step = VL, .pack_x = pack_x_f32, .copy_w = copy_w_f32, .multiply = multiply_f32};
+        .per_unit = 1, .row_step = VL, .shares = 16, .pack_x = pack_x_f32, .copy_w = copy_w_f32, .multiply = multiply_f32};
     lco_status status = a->m_prompt > 0 ? linear_prompt(a, &KERNEL) : LCO_OK;
     if (status == LCO_OK && a->m > a->m_prompt)
         linear_decode(a);

@@ -62,7 +62,7 @@ ALWAYS_INLINE void many_products(float *sums, const float *x, const float *w, co
         }
         for (int64_t i = panel; block->last && i < panel + TILE_PANELS && i < panels; i++)
             for (int64_t row = 0; row < block->rows; row += VL)
-                finish_tile(block, i, row, sums + (i * ITEM_ROWS + row) * VL);
+                block->finish(block, i, row, sums + (i * ITEM_ROWS + row) * VL);
     }
 }
 
@@ -90,7 +90,7 @@ ALWAYS_INLINE void few_products(float *sums, const float *x, const float *w, con
             v_store(to, block->first ? sum[i] : v_add(v_load(to), sum[i]));
         }
         if (block->last)
-            finish_tile(block, 0, row, sums + row * VL);
+            block->finish(block, 0, row, sums + row * VL);
     }
 }
 

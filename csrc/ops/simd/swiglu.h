@@ -1,10 +1,8 @@
 /* SwiGLU over vec.h, as one run of m * n elements. */
 #include "../impl.h"
-#include "vec.h"
+#include "silu.h"
 
 #define SWIGLU_BLOCK 4096
-
-static inline vf silu_times(vf gate, vf up) { return v_mul(v_div(gate, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), gate)))), up); }
 
 static void swiglu_blocks(void *ctx, int64_t begin, int64_t end, int thread)
 {
