@@ -5,6 +5,7 @@
  *   tiles 0..3: C (2 x 2), 4..5: A, 6..7: B
  * Weights pass while two panels of x stay: their loads ask for no place in L1. */
 #define ITEM_ROWS 128
+#define MAX_BLOCK_UNITS 512
 #include "../simd/linear_mlp.h"
 #include "tiles.h"
 

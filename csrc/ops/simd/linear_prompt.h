@@ -18,9 +18,9 @@
 #include "vec.h"
 
 #ifndef ITEM_ROWS
-#define ITEM_ROWS 96 /* weight rows at a time, at most */
+#define ITEM_ROWS 96        /* weight rows at a time, at most */
+#define MAX_BLOCK_UNITS 320 /* units of k at a time, at most */
 #endif
-#define MAX_BLOCK_UNITS 320              /* units of k at a time, at most */
 #define ROW_UNITS (MAX_BLOCK_UNITS + VL) /* the distance keeps rows off the same cache sets */
 #define FEW_PANELS 2                     /* so few rows of x: reading weights rules, and items of VL rows read nearly in order */
 #define NEAR_ITEM ((int64_t)128 << 10)   /* items of up to so many bytes prefetch the next item, larger ones their next block */
