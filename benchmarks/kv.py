@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +90,65 @@ def appending(model: llmcoopt.Model, dtype: str):
     )
 
 
+def plain_reads(folder: Path, total: int, run: int, threads: int) -> float:
+    """Seconds to read a file of `total` bytes once, in runs of `run` bytes, by `threads`."""
+    path = folder / "plain"
+    with path.open("wb") as file:
+        for at in range(0, total, 1 << 24):
+            file.write(os.urandom(min(1 << 24, total - at)))
+    file = os.open(path, os.O_RDONLY)
+
+    def read(part: int) -> None:
+        buffer = bytearray(run)
+        for at in range(part * run, total, threads * run):
+            os.preadv(file, [buffer], at)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return median_of(lambda: list(pool.map(read, range(threads))), 5)
+    finally:
+        os.close(file)
+        path.unlink()
+
+
+def tiers(model: llmcoopt.Model, dtype: str, context: int):
+    """A context ten times the memory for pages, against all in memory and against reading the file once."""
+    ids = np.arange(context) % 64
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pages = -(-(context + 64) // 64)
+        with llmcoopt.KVCache(model, dtype, max_tokens=64) as cache:
+            size = cache.stats()["page_bytes"]
+        for name, options in {"memory": {}, "file": {"host_bytes": pages // 10 * size, "spill_path": folder}}.items():
+            with llmcoopt.KVCache(model, dtype, max_tokens=pages * 64, **options) as cache:
+                sequence = cache.sequence()
+                model.forward(ids, sequence, last_only=True)
+                before = cache.stats()
+                seconds[name] = median_of(lambda sequence=sequence: model.forward([1], sequence), 9)
+                after = cache.stats()
+        fetched = (after["bytes_fetched"] - before["bytes_fetched"]) / 9
+        plain = plain_reads(Path(folder), int(fetched), size // model.config.num_hidden_layers, model.threads)
+    yield f"decode step at {context:,} tokens, all in memory", seconds["memory"] * 1e3, "ms"
+    yield "a tenth of the pages in memory", seconds["file"] * 1e3, "ms"
+    yield "read from the file for it", fetched / 1e6, "MB"
+    yield "plain reads of as much, in the same runs", plain * 1e3, "ms"
+    yield "share of the plain reads' speed", plain / (seconds["file"] - seconds["memory"] * (1 - fetched / (pages * size))) * 100, "%"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", default="fp8_e4m3", choices=llmcoopt.cache.SCALED)
+    parser.add_argument("--context", type=int, default=8192, help="tokens of the sequence of which a tenth is in memory")
     parser.add_argument("--csv", type=Path, help="file to write (default: results/kv_<date>.csv)")
     options = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other, load(Path(one), SHAPES["smollm2-135m"]) as model:
+    with (
+        tempfile.TemporaryDirectory() as one,
+        tempfile.TemporaryDirectory() as other,
+        load(Path(one), SHAPES["smollm2-135m"], options.context + 64) as model,
+    ):
         found = [*opening(model, options.dtype), *appending(model, options.dtype), *forks(Path(other), options.dtype)]
+        found += tiers(model, options.dtype, options.context)
         for what, value, unit in found:
             rows.append(
                 {"isa": model.isa_detail, "threads": model.threads, "dtype": options.dtype, "what": what, "value": value, "unit": unit}

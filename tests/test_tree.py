@@ -81,7 +81,7 @@ def test_the_core_never_ends_the_process_or_prints(path):
 
 @pytest.mark.parametrize("path", [p for p in C_FILES if p.suffix == ".c"], ids=rel)
 def test_no_writable_file_scope_variables(path):
-    allowed = {"csrc/base/mem.c": 2}  # the fault hook and the leak counter
+    allowed = {"csrc/base/mem.c": 2, "csrc/base/file.c": 2}  # fault hooks and the leak counter
     if layer(path) == "python":
         allowed[rel(path)] = 99  # method and slot tables, which CPython's API takes as non-const
     found = re.findall(

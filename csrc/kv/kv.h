@@ -85,10 +85,6 @@ lco_status lco_seq_truncate(lco_seq *seq, int64_t length,
 
 /* After a step: LCO_EIO when a page of the sequence could not be read in it; what was computed is worth nothing then. */
 lco_status lco_seq_lost(const lco_seq *seq, lco_error *err);
-/* For fault tests: the n-th read or write of a spill file from now on fails with `code`, an errno. 0: off. Returns how many were still
- * to go. */
-int64_t lco_tier_fail_at(int64_t n, int code);
-
 /* Keys and values of a layer as the next token's attention reads them, float32 [n, kv_heads, head_dim] each. `n` is the length. */
 lco_status lco_seq_read(const lco_seq *seq, int32_t layer, int64_t n, float *keys, float *values, lco_error *err);
 

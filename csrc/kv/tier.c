@@ -11,59 +11,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "../base/file.h"
 #include "../base/mem.h"
-
-static int64_t io_countdown; /* lco_tier_fail_at */
-static int io_errno;
-
-int64_t lco_tier_fail_at(int64_t n, int code)
-{
-    io_errno = code;
-    return __atomic_exchange_n(&io_countdown, n, __ATOMIC_RELAXED);
-}
-
-static bool io_fails(void)
-{
-    if (__atomic_load_n(&io_countdown, __ATOMIC_RELAXED) <= 0 || __atomic_sub_fetch(&io_countdown, 1, __ATOMIC_RELAXED) != 0)
-        return false;
-    errno = io_errno;
-    return true;
-}
-
-/* All bytes, or false with errno; a file that ends too early is ENODATA. */
-static bool read_all(int file, uint8_t *to, size_t bytes, size_t at)
-{
-    while (bytes > 0) {
-        const ssize_t n = io_fails() ? -1 : pread(file, to, bytes, (off_t)at);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            errno = n == 0 ? ENODATA : errno;
-            return false;
-        }
-        to += n;
-        at += (size_t)n;
-        bytes -= (size_t)n;
-    }
-    return true;
-}
-
-static bool write_all(int file, const uint8_t *from, size_t bytes, size_t at)
-{
-    while (bytes > 0) {
-        const ssize_t n = io_fails() ? -1 : pwrite(file, from, bytes, (off_t)at);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            errno = n == 0 ? ENOSPC : errno;
-            return false;
-        }
-        from += n;
-        at += (size_t)n;
-        bytes -= (size_t)n;
-    }
-    return true;
-}
 
 static const char *why(int code) { return code == ENODATA ? "the file ends before it" : strerror(code); }
 
@@ -126,11 +75,11 @@ static void look_for_cut(lco_tier *tier)
     }
 }
 
-/* As read_all, of a page's bytes from `offset` on. */
+/* As lco_file_read, of a page's bytes from `offset` on. */
 static bool read_page(const lco_tier *tier, int64_t page, uint8_t *to, size_t bytes, size_t offset)
 {
     errno = ENODATA;
-    return !tier->cut[page] && read_all(tier->file, to, bytes, place(tier->kv, page) + offset);
+    return !tier->cut[page] && lco_file_read(tier->file, to, bytes, place(tier->kv, page) + offset);
 }
 
 static lco_status spill(lco_tier *tier, int32_t page, lco_error *err)
@@ -138,7 +87,7 @@ static lco_status spill(lco_tier *tier, int32_t page, lco_error *err)
     lco_kv *kv = tier->kv;
     if (!tier->copied[page]) {
         look_for_cut(tier);
-        if (!write_all(tier->file, address(kv, page), kv->page_bytes, place(kv, page)))
+        if (!lco_file_write(tier->file, address(kv, page), kv->page_bytes, place(kv, page)))
             return lco_fail(err, LCO_EIO,
                             "page %d could not be written to the spill file '%s': %s; make room there, raise host_bytes or free sequences",
                             page, tier->path, strerror(errno));
@@ -325,19 +274,25 @@ static void advise(lco_tier *tier, reader *r, const lco_kv_view *view, int64_t p
     __atomic_fetch_add(&tier->issued, 1, __ATOMIC_RELAXED);
 }
 
-/* Keys, values and scales of the heads, each a run; everything when all heads are asked. */
-static bool read_heads(lco_tier *tier, const lco_kv_view *view, const fetched *f, size_t slice_bytes)
+/* A run of a slice. When it has to come from the disk, the system is told what is read next: that comes while this one is waited for. */
+static bool read_run(lco_tier *tier, reader *r, const lco_kv_view *view, const fetched *f, size_t at, size_t bytes, int64_t next)
 {
-    const size_t start = view->slice_offset, run = lco_kv_run_bytes(view);
+    const size_t offset = view->slice_offset + at;
+    if (!tier->cut[f->page] && lco_file_read_now(tier->file, f->bytes + at, bytes, place(tier->kv, f->page) + offset) == bytes)
+        return true;
+    advise(tier, r, view, next);
+    return read_page(tier, f->page, f->bytes + at, bytes, offset);
+}
+
+/* Keys, values and scales of the heads, each a run; everything when all heads are asked. */
+static bool read_heads(lco_tier *tier, reader *r, const lco_kv_view *view, const fetched *f, size_t slice_bytes, int64_t next)
+{
     if (f->heads == view->n_kv_heads)
-        return read_page(tier, f->page, f->bytes, slice_bytes, start);
-    bool ok = true;
-    for (int64_t which = LCO_KEY; which <= LCO_VALUE; which++) {
-        const size_t at = lco_codes_offset(view, which, f->head);
-        ok = ok && read_page(tier, f->page, f->bytes + at, run * (size_t)f->heads, start + at);
-    }
-    const size_t scales = lco_scales_offset(view, 0, 0);
-    return ok && (!lco_dtype_scaled(view->dtype) || read_page(tier, f->page, f->bytes + scales, slice_bytes - scales, start + scales));
+        return read_run(tier, r, view, f, 0, slice_bytes, next);
+    const size_t run = lco_kv_run_bytes(view) * (size_t)f->heads, scales = lco_scales_offset(view, 0, 0);
+    return read_run(tier, r, view, f, lco_codes_offset(view, LCO_KEY, f->head), run, next) &&
+           read_run(tier, r, view, f, lco_codes_offset(view, LCO_VALUE, f->head), run, next) &&
+           (!lco_dtype_scaled(view->dtype) || read_run(tier, r, view, f, scales, slice_bytes - scales, next));
 }
 
 static void note_lost(lco_tier *tier, int64_t page, int code)
@@ -355,7 +310,6 @@ static const uint8_t *fetch(void *ctx, const lco_kv_view *view, int thread, int6
         note_lost(tier, page, ENOMEM);
         return tier->zeros;
     }
-    advise(tier, r, view, next);
     for (int i = 0; i < LCO_KV_FETCHED; i++) {
         const fetched *f = &r->slot[i];
         if (f->bytes != NULL && f->step == tier->step && f->page == page && f->slice_offset == view->slice_offset && f->head <= head &&
@@ -371,7 +325,7 @@ static const uint8_t *fetch(void *ctx, const lco_kv_view *view, int thread, int6
     size_t bytes = 0;
     (void)lco_kv_slice_bytes(view, &bytes);
     *f = (fetched){.bytes = f->bytes, .page = page, .head = head, .heads = heads, .slice_offset = view->slice_offset, .step = tier->step};
-    if (!read_heads(tier, view, f, bytes)) {
+    if (!read_heads(tier, r, view, f, bytes, next)) {
         note_lost(tier, page, errno);
         memset(f->bytes, 0, bytes);
     }
