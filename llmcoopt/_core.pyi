@@ -41,7 +41,10 @@ class KVCache:
         write_buffer: bool,
         host_bytes: int = 0,
         spill_path: str | None = None,
+        prefix_index: bool = False,
     ) -> None: ...
+    def forget_prefixes(self) -> None: ...
+    def reset_counters(self) -> None: ...
     def step_tokens(self) -> int:
         """The most tokens of one sequence that a step may append."""
 
@@ -56,6 +59,9 @@ class Sequence:
     def length(self) -> int: ...
     def ids(self) -> bytes:
         """int32 ids of the tokens held."""
+
+    def adopt(self, ids: Buffer) -> int:
+        """An empty sequence takes over the pages that the prefix index has of int32 ids; returns how many tokens that is."""
 
     def read(self, layer: int, keys: Buffer, values: Buffer) -> None:
         """Keys and values of a layer into float32 arrays [length, kv_heads, head_dim]."""

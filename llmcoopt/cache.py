@@ -31,6 +31,9 @@ class KVCache:
         spill_path: a folder, or the name of a file to make there: pages beyond host_bytes lie in that file, the oldest tokens of a sequence first,
             and are read from there as attention needs them. Results are the same to the bit. The file goes with the cache.
 
+        prefix_cache: keep full pages of prompts when their sequences go, and find them again for prompts that begin alike. Results are the same to
+            the bit. Such pages count as free and are given up when others need them, longest unused first.
+
     Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had, StorageError when the file can't be made.
     """
 
@@ -43,6 +46,7 @@ class KVCache:
         write_buffer: bool = True,
         host_bytes: int | None = None,
         spill_path: str | os.PathLike | None = None,
+        prefix_cache: bool = False,
     ):
         self.model = model
         self.dtype = {"auto": model.dtype, "fp8": "fp8_e4m3"}.get(dtype, dtype)
@@ -57,7 +61,11 @@ class KVCache:
             raise ArgumentError(f"host_bytes = {host_bytes!r}, expected None or a whole number of bytes")
         path = os.fspath(spill_path) if spill_path is not None else None
         self.host_bytes, self.spill_path = host_bytes, spill_path
-        self._core = _core.KVCache(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path)
+        self.prefix_cache = bool(prefix_cache)
+        self._skipped = {"padding": 0, "duplicate": 0}
+        self._core = _core.KVCache(
+            model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache
+        )
         self.page_size = page_size
         model._caches.add(self)
 
@@ -70,8 +78,20 @@ class KVCache:
         page_bytes, bytes_per_token, reserved_bytes (address space), resident_bytes (memory in use now, as the system counts it), tail_bytes (the
         write buffers of all sequences, beside the pages), and since the cache was made tokens_appended, blocks_quantised (16 tokens of all
         layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and bytes_fetched (a slice: a layer of a page
-        that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead)."""
-        return self._core.stats()
+        that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead), bytes_written (codes, scales
+        and 16-bit rows that went to pages), and writes_skipped: tokens not computed and written, by reason: "padding" (masked out), "prefix" (found
+        in the prefix index), "duplicate" (the sequence held them already: `Sequence.keep`). pages_cached: held by the prefix index alone."""
+        stats = self._core.stats()
+        return stats | {"writes_skipped": self._skipped | {"prefix": stats.pop("tokens_found")}}
+
+    def reset_stats(self) -> None:
+        """Sets the counters that count since the cache was made to zero."""
+        self._core.reset_counters()
+        self._skipped = dict.fromkeys(self._skipped, 0)
+
+    def forget_prefixes(self) -> None:
+        """Empties the prefix index; pages that nobody else holds are free."""
+        self._core.forget_prefixes()
 
     def check(self) -> None:
         """Proves the cache's invariants (no page lost, none counted twice); FormatError names the first that fails."""
@@ -148,6 +168,14 @@ class Sequence:
     def fork(self) -> "Sequence":
         """A second sequence with the same tokens. Pages are shared until one of the two writes to them."""
         return Sequence(self.cache, self._core.fork())
+
+    def keep(self, ids) -> int:
+        """Keeps as much as `ids` begins with, and leaves at least one id to compute. Returns how many ids are held: go on with ids[n:]."""
+        held = self.ids
+        n = next((i for i, (a, b) in enumerate(zip(held, ids[:-1], strict=False)) if a != b), min(len(held), max(0, len(ids) - 1)))
+        self.truncate(n)
+        self.cache._skipped["duplicate"] += n
+        return n
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens. ArgumentError when there are fewer."""

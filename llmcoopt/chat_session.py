@@ -25,9 +25,7 @@ class ChatSession:
         self._keep_answer()
         messages = [*self.messages, {"role": "user", "content": question}]
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        held = self._sequence.ids
-        same = next((i for i, (a, b) in enumerate(zip(held, ids[:-1], strict=False)) if a != b), min(len(held), len(ids) - 1))
-        self._sequence.truncate(same)
+        same = self._sequence.keep(ids)
         self._answer = generate(
             self.model, ids[same:], tokenizer=self.tokenizer, sequence=self._sequence, **{"continues": False, **self.options}
         )

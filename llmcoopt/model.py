@@ -100,7 +100,8 @@ class Model:
         sequence._core.hold(n)
         try:
             chunk = min(CHUNK, sequence.cache._core.step_tokens())
-            for at in range(0, n, chunk):
+            found = sequence._core.adopt(ids) if last_only and start == 0 and n > 1 else 0
+            for at in range(found, n, chunk):
                 part = ids[at : at + chunk]
                 out = logits[at : at + chunk] if not last_only else logits if at + chunk >= n else None
                 self._core.forward(sequence._core, part, out, last_only, rope_length=start + n, prompt=n > 1)

@@ -167,7 +167,9 @@ static void commit(lco_engine *engine)
             engine->stats.prompt_tokens += job->rows;
         else
             engine->stats.decode_tokens += job->rows;
-        lco_seq_commit(job->seq, job->ids + lco_job_computed(job), job->rows);
+        lco_seq_commit(job->seq, job->ids + lco_job_computed(job), job->rows, lco_job_in_prompt(job));
+        if (lco_model_shares_prefixes(engine->model))
+            lco_seq_publish(job->seq);
     }
 }
 

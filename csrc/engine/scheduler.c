@@ -63,8 +63,15 @@ static lco_status admit(lco_engine *engine, bool alone, int64_t budget, bool *ad
 {
     lco_job *job = engine->jobs[engine->n_running];
     lco_error why;
-    lco_status status = lco_seq_reserve(job->seq, job->n_ids, &why);
-    if (status == LCO_OK && (status = lco_seq_open(job->seq, rows_wanted(job, budget), &why)) != LCO_OK)
+    lco_status status = LCO_OK;
+    int64_t found;
+    if (lco_seq_length(job->seq) == 0 && lco_model_shares_prefixes(engine->model))
+        status = lco_seq_adopt(job->seq, job->ids, job->n_prompt, &found, &why);
+    if (status == LCO_OK)
+        status = lco_seq_reserve(job->seq, job->n_ids - lco_job_computed(job), &why);
+    if (status == LCO_OK)
+        status = lco_seq_open(job->seq, rows_wanted(job, budget), &why);
+    if (status != LCO_OK)
         (void)lco_seq_truncate(job->seq, job->base, NULL); /* waiting requests hold no pages */
     if (status != LCO_OK && status != LCO_EPAGES && status != LCO_EIO) {
         *err = why;

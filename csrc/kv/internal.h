@@ -4,7 +4,8 @@
 
 #include "kv.h"
 
-typedef struct lco_tier lco_tier; /* tier.h */
+typedef struct lco_tier lco_tier;     /* tier.h */
+typedef struct lco_prefix lco_prefix; /* prefix.h */
 
 struct lco_kv {
     lco_kv_options options;
@@ -18,9 +19,12 @@ struct lco_kv {
     int32_t *free_stack; /* [n_pages] of the others the free ones, the next one to hand out last */
     int64_t n_stacked;
     lco_seq *sequences; /* list */
-    int64_t tokens_appended, blocks_quantised, pages_copied;
+    int64_t tokens_appended, blocks_quantised, pages_copied, tokens_found, bytes_written;
+    size_t block_bytes, token_bytes; /* that a block of one-byte layers and a token of the others write */
     size_t system_page;
-    lco_tier *tier; /* NULL: every page is in memory */
+    lco_tier *tier;      /* NULL: every page is in memory */
+    lco_prefix *prefix;  /* NULL: none */
+    int64_t prefix_idle; /* pages that the prefix index alone holds */
 };
 
 struct lco_seq {
@@ -28,7 +32,9 @@ struct lco_seq {
     int32_t *table;
     int64_t n_pages, capacity; /* entries in use, allocated */
     int64_t length;
-    int32_t *ids; /* of the tokens held, -1: not told; room for id_capacity */
+    int64_t exact;     /* leading tokens whose rows are to the bit what a prompt with these ids computes */
+    int64_t published; /* leading pages that the prefix index was told of */
+    int32_t *ids;      /* of the tokens held, -1: not told; room for id_capacity */
     int64_t id_capacity;
     uint8_t *tails; /* two; NULL: none yet */
     int tail;       /* which of them is current */
@@ -37,6 +43,9 @@ struct lco_seq {
     int64_t last_used; /* step of the tier */
     lco_seq *previous, *next;
 };
+
+/* table.c: room in the table and the ids, and the tails. */
+lco_status lco_seq_room(lco_seq *seq, int64_t pages, int64_t tokens, lco_error *err);
 
 /* page.c */
 int64_t lco_page_free_count(const lco_kv *kv);

@@ -9,7 +9,8 @@
  *    in pages. Readers take the block of the query's own position from the tail, all earlier ones from codes, whatever was cached when.
  * 6. With a spill file a page is blank (nothing was ever to be written), hot (in memory) or away (in the file), at most host_bytes of them hot.
  *    Rows go to hot pages: lco_seq_open makes them so. All else is read where it lies, and results don't depend on where that is.
- * 7. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
+ * 7. A page in the prefix index is full, and so is the page it follows, which is in the index too; the index counts as one that names it.
+ * 8. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
  *    and is given back when pages are freed.
  *
  * States of a page: free -> (lco_seq_reserve) held -> (lco_seq_fork) shared -> (free, truncate, copy-on-write) held -> free. */
@@ -35,6 +36,7 @@ typedef struct {
      * without, max_tokens becomes what fits. */
     int64_t host_bytes;
     const char *spill_path; /* read by lco_kv_create only */
+    bool prefix_index;      /* full pages of prompts are kept after their sequences, to be found again */
 } lco_kv_options;
 
 typedef struct {
@@ -44,6 +46,8 @@ typedef struct {
     /* With a spill file: pages in it and not in memory; pages written to it and read back whole; slices that attention read, and their bytes;
      * reads announced to the system, and those that came. */
     int64_t pages_away, pages_spilled, pages_restored, slices_fetched, bytes_fetched, prefetches_issued, prefetches_used;
+    int64_t pages_cached;                                    /* held by the prefix index alone; they count as free */
+    int64_t tokens_found, bytes_written;                     /* tokens that the index had; codes, scales and 16-bit rows written to pages */
     int64_t tokens_appended, blocks_quantised, pages_copied; /* since the cache was made; a block: 16 tokens of all layers and heads */
 } lco_kv_stats;
 
@@ -55,6 +59,8 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv);
 /* Steps are counted: sequences not used in this one give their memory first. Call before the first lco_seq_reserve of a step. */
 void lco_kv_begin_step(lco_kv *kv);
 int64_t lco_kv_step_tokens(const lco_kv *kv); /* the most tokens of one sequence that a step may append */
+void lco_kv_forget_prefixes(lco_kv *kv);      /* empties the prefix index */
+void lco_kv_reset_counters(lco_kv *kv);       /* those that count since the cache was made */
 lco_status lco_kv_check(const lco_kv *kv, lco_error *err);
 
 lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err);
@@ -70,11 +76,15 @@ lco_kv *lco_seq_cache(const lco_seq *seq);
 /* Makes room for n more tokens, all or nothing: new pages at the end, a copy of the last page when it is shared, and the tail.
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
-/* n reserved tokens were written: the length grows. Their ids may be NULL: not known. */
 /* Before a step in which n of the reserved tokens are written: makes their pages ready. LCO_EPAGES when memory for pages is full of this step's;
  * LCO_EIO. */
 lco_status lco_seq_open(lco_seq *seq, int64_t n, lco_error *err);
-void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n);
+/* n reserved tokens were written: the length grows. Their ids may be NULL: not known. `prompt`: they were prompt rows. */
+void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt);
+/* Tells the prefix index of the sequence's full pages, as far as they are what a prompt computes. Nothing without an index. */
+void lco_seq_publish(lco_seq *seq);
+/* An empty sequence takes over the pages whose tokens are the beginning of ids[n], but leaves at least one to compute. `matched`: their tokens. */
+lco_status lco_seq_adopt(lco_seq *seq, const int32_t *ids, int64_t n, int64_t *matched, lco_error *err);
 /* Before `n` tokens come: remembers the block being filled unless they stay in it, so that truncating to this length again, or to less in this
  * block, is exact whatever is appended meanwhile.
  * One place is remembered, the last. */

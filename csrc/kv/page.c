@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "../base/mem.h"
+#include "prefix.h"
 #include "tier.h"
 
 #define MAX_PAGES INT32_MAX
@@ -47,6 +48,11 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
         if (!lco_kv_slice_bytes(view, &slice) || __builtin_add_overflow(kv->page_bytes, slice, &kv->page_bytes))
             return lco_fail(err, LCO_EINVAL, "a page of %d tokens x %d layers x %d kv heads x head_dim %d is too large", o->page_size,
                             o->n_layers, o->n_kv_heads, o->head_dim);
+        const size_t token = (size_t)2 * (size_t)view->n_kv_heads * (size_t)view->head_dim * lco_dtype_bytes(view->dtype);
+        if (lco_dtype_scaled(view->dtype))
+            kv->block_bytes += LCO_KV_BLOCK * token + (size_t)2 * (size_t)view->n_kv_heads * sizeof(float);
+        else
+            kv->token_bytes += token;
         kv->tail_bytes += view->buffered ? lco_tail_bytes(view) : 0;
     }
     if (o->write_buffer && !kv->scaled)
@@ -57,6 +63,7 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
 
 static void release(lco_kv *kv)
 {
+    lco_prefix_destroy(kv);
     lco_tier_destroy(kv);
     if (kv->base != NULL)
         munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
@@ -114,7 +121,7 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
         kv->views[i].base = kv->base + kv->views[i].slice_offset;
         kv->views[i].page_bytes = bytes;
     }
-    if ((status = lco_tier_create(kv, err)) != LCO_OK)
+    if ((status = lco_tier_create(kv, err)) != LCO_OK || (status = lco_prefix_create(kv, err)) != LCO_OK)
         goto fail;
     kv->options.spill_path = NULL;
     *out = kv;
@@ -137,12 +144,14 @@ const lco_kv_options *lco_kv_get_options(const lco_kv *kv) { return &kv->options
 
 const lco_kv_view *lco_kv_views(const lco_kv *kv) { return kv->views; }
 
-int64_t lco_page_free_count(const lco_kv *kv) { return kv->n_pages - kv->n_touched + kv->n_stacked; }
+int64_t lco_page_free_count(const lco_kv *kv) { return kv->n_pages - kv->n_touched + kv->n_stacked + lco_prefix_idle(kv); }
 
 lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
 {
     if (lco_page_free_count(kv) == 0)
         return lco_fail(err, LCO_EPAGES, "no free page");
+    if (kv->n_stacked == 0 && kv->n_touched == kv->n_pages)
+        lco_prefix_give_one(kv);
     if (kv->n_stacked > 0) {
         *page = kv->free_stack[--kv->n_stacked];
         assert(kv->refs[*page] == 0);
@@ -153,7 +162,11 @@ lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
     return LCO_OK;
 }
 
-void lco_page_share(lco_kv *kv, int32_t page) { kv->refs[page]++; }
+void lco_page_share(lco_kv *kv, int32_t page)
+{
+    kv->prefix_idle -= lco_prefix_knows(kv, page) && kv->refs[page] == 1;
+    kv->refs[page]++;
+}
 
 /* Whole system pages inside it. */
 void lco_page_unmap(lco_kv *kv, int32_t page)
@@ -168,8 +181,10 @@ void lco_page_unmap(lco_kv *kv, int32_t page)
 void lco_page_release(lco_kv *kv, int32_t page)
 {
     assert(kv->refs[page] > 0);
-    if (--kv->refs[page] > 0)
+    if (--kv->refs[page] > 0) {
+        kv->prefix_idle += lco_prefix_knows(kv, page) && kv->refs[page] == 1;
         return;
+    }
     lco_page_unmap(kv, page);
     lco_tier_forget(kv, page);
     kv->free_stack[kv->n_stacked++] = page;
@@ -213,6 +228,9 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         .tokens_appended = kv->tokens_appended,
         .blocks_quantised = kv->blocks_quantised,
         .pages_copied = kv->pages_copied,
+        .pages_cached = lco_prefix_idle(kv),
+        .tokens_found = kv->tokens_found,
+        .bytes_written = kv->bytes_written,
     };
     if (kv->tier != NULL) {
         s.pages_away = kv->tier->n_away;
@@ -224,7 +242,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         s.prefetches_used = kv->tier->used;
     }
     for (int64_t i = 0; i < kv->n_touched; i++)
-        s.pages_shared += kv->refs[i] > 1;
+        s.pages_shared += kv->refs[i] - lco_prefix_knows(kv, i) > 1;
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
         s.sequences++;
         s.tokens_held += seq->length;
@@ -233,12 +251,20 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
     return s;
 }
 
+void lco_kv_reset_counters(lco_kv *kv)
+{
+    kv->tokens_appended = kv->blocks_quantised = kv->pages_copied = kv->tokens_found = kv->bytes_written = 0;
+    lco_tier_reset_counters(kv);
+}
+
 lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
 {
     int32_t *counts = lco_calloc((size_t)kv->n_touched, sizeof *counts);
     if (counts == NULL)
         return lco_fail(err, LCO_ENOMEM, "out of memory for the check");
     lco_status status = LCO_OK;
+    for (int64_t i = 0; i < kv->n_touched; i++)
+        counts[i] = lco_prefix_knows(kv, i);
     for (const lco_seq *seq = kv->sequences; seq != NULL && status == LCO_OK; seq = seq->next) {
         if (seq->length > seq->n_pages * kv->options.page_size || seq->n_pages > seq->capacity)
             status =
@@ -264,6 +290,10 @@ lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
     if (status == LCO_OK && !lco_tier_sound(kv, &page))
         status =
             lco_fail(err, LCO_EFORMAT, "page %lld: where it lies contradicts its use, or the counts of pages in memory and away are wrong",
+                     (long long)page);
+    if (status == LCO_OK && !lco_prefix_sound(kv, &page))
+        status =
+            lco_fail(err, LCO_EFORMAT, "page %lld: the prefix index does not find it, or has lost the page it follows, or counts wrongly",
                      (long long)page);
     lco_free(counts);
     return status;

@@ -87,6 +87,14 @@ static lco_status need_tail(lco_seq *seq, lco_error *err)
                               : lco_fail(err, LCO_ENOMEM, "out of memory for the write buffer of a sequence (%zu bytes)", 2 * bytes);
 }
 
+lco_status lco_seq_room(lco_seq *seq, int64_t pages, int64_t tokens, lco_error *err)
+{
+    lco_status status = grow_table(seq, pages, err);
+    if (status == LCO_OK)
+        status = grow_ids(seq, tokens, err);
+    return status;
+}
+
 static int64_t pages_for(const lco_seq *seq, int64_t tokens)
 {
     return (tokens + seq->kv->options.page_size - 1) / seq->kv->options.page_size;
@@ -99,9 +107,7 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
     if (status != LCO_OK)
         return status;
     int64_t n = pages_for(seq, seq->length); /* reserved pages past the length are not shared */
-    status = grow_table(copy, n, err);
-    if (status == LCO_OK)
-        status = grow_ids(copy, seq->length, err);
+    status = lco_seq_room(copy, n, seq->length, err);
     if (status == LCO_OK && seq->tails != NULL)
         status = need_tail(copy, err);
     if (status != LCO_OK) {
@@ -118,6 +124,8 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
     if (seq->length > 0)
         memcpy(copy->ids, seq->ids, (size_t)seq->length * sizeof *seq->ids);
     copy->length = seq->length;
+    copy->exact = seq->exact;
+    copy->published = seq->published;
     *out = copy;
     return LCO_OK;
 }
@@ -175,9 +183,7 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
             "or free sequences",
             (long long)n, (long long)needed, page_size, (long long)lco_page_free_count(kv), (long long)kv->n_pages,
             (long long)kv->options.max_tokens, kv->options.host_bytes > 0 ? " and host_bytes, give a spill_path," : "");
-    lco_status status = grow_table(seq, want, err);
-    if (status == LCO_OK)
-        status = grow_ids(seq, seq->length + n, err);
+    lco_status status = lco_seq_room(seq, want, seq->length + n, err);
     if (status == LCO_OK && n > 0)
         status = need_tail(seq, err);
     if (status != LCO_OK)
@@ -207,7 +213,7 @@ lco_status lco_seq_open(lco_seq *seq, int64_t n, lco_error *err)
     return LCO_OK;
 }
 
-void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n)
+void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt)
 {
     assert(n >= 0 && seq->length + n <= seq->n_pages * seq->kv->options.page_size && seq->length + n <= seq->id_capacity);
     const int64_t blocks = (seq->length + n) / LCO_KV_BLOCK - seq->length / LCO_KV_BLOCK;
@@ -217,6 +223,11 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n)
         seq->tail = 1 - seq->tail;
     for (int64_t i = 0; i < n; i++)
         seq->ids[seq->length + i] = ids != NULL ? ids[i] : -1;
+    if (prompt && seq->exact == seq->length)
+        seq->exact += n;
+    const lco_kv_options *o = &seq->kv->options;
+    seq->kv->bytes_written += n * (int64_t)seq->kv->token_bytes;
+    seq->kv->bytes_written += (o->write_buffer ? blocks * LCO_KV_BLOCK : n) * (int64_t)seq->kv->block_bytes / LCO_KV_BLOCK;
     seq->length += n;
     seq->kv->tokens_appended += n;
 }
@@ -255,10 +266,16 @@ lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err)
     return LCO_OK;
 }
 
+/* Of a sequence that is cut to `length`: what is remembered of the block at that place is still true. */
+static bool as_held(const lco_seq *seq, int64_t length)
+{
+    return length <= seq->held_length && length / LCO_KV_BLOCK == seq->held_length / LCO_KV_BLOCK;
+}
+
 /* The tail of a sequence that is cut to `length`, inside a block that was quantised. */
 static lco_status restore_tail(lco_seq *seq, int64_t length, lco_error *err)
 {
-    if (length <= seq->held_length && length / LCO_KV_BLOCK == seq->held_length / LCO_KV_BLOCK) {
+    if (as_held(seq, length)) {
         memcpy(lco_seq_tail(seq), seq->held, seq->kv->tail_bytes);
         return LCO_OK;
     }
@@ -268,16 +285,26 @@ static lco_status restore_tail(lco_seq *seq, int64_t length, lco_error *err)
     return status;
 }
 
+/* Tokens of a sequence cut to `length` that are what a prompt computes. A block that came back from codes, and one whose scale tokens that are
+ * gone have set, are not. */
+static int64_t exact_after(const lco_seq *seq, int64_t length, bool from_codes)
+{
+    const bool rescaled = seq->kv->scaled && !seq->kv->options.write_buffer && length < seq->length;
+    const int64_t whole = length / LCO_KV_BLOCK * LCO_KV_BLOCK, most = from_codes || rescaled ? whole : length;
+    return seq->exact < most ? seq->exact : most;
+}
+
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
 {
     if (length < 0 || length > seq->length)
         return lco_fail(err, LCO_EINVAL, "truncate to %lld tokens, expected 0 to the sequence's length %lld", (long long)length,
                         (long long)seq->length);
-    lco_status status = LCO_OK;
-    if (seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK)
-        status = restore_tail(seq, length, err);
+    const bool coded = seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK;
+    lco_status status = coded ? restore_tail(seq, length, err) : LCO_OK;
     if (status != LCO_OK)
         return status;
+    seq->exact = exact_after(seq, length, coded && !as_held(seq, length));
+    seq->published = seq->published < seq->exact / seq->kv->options.page_size ? seq->published : seq->exact / seq->kv->options.page_size;
     if (length < seq->held_length)
         seq->held_length = 0;
     seq->length = length;

@@ -13,6 +13,7 @@
 
 #include "../base/file.h"
 #include "../base/mem.h"
+#include "prefix.h"
 
 static const char *why(int code) { return code == ENODATA ? "the file ends before it" : strerror(code); }
 
@@ -144,14 +145,15 @@ static lco_seq *whose_goes(const lco_kv *kv, bool unused_only)
 static lco_status make_room(lco_tier *tier, bool unused_only, lco_error *err)
 {
     while (tier->hot >= tier->most_hot) {
-        lco_seq *seq = whose_goes(tier->kv, unused_only);
-        if (seq == NULL)
+        const int32_t idle = lco_prefix_idle_hot(tier->kv);
+        lco_seq *seq = idle < 0 ? whose_goes(tier->kv, unused_only) : NULL;
+        if (idle < 0 && seq == NULL)
             return lco_fail(
                 err, LCO_EPAGES,
                 "memory for pages is full: %lld pages of %zu bytes are in use by this step, host_bytes allows %lld; raise host_bytes "
                 "or run fewer sequences at once",
                 (long long)tier->hot, tier->kv->page_bytes, (long long)tier->most_hot);
-        lco_status status = spill(tier, seq->table[oldest_hot(seq)], err);
+        lco_status status = spill(tier, idle >= 0 ? idle : seq->table[oldest_hot(seq)], err);
         if (status != LCO_OK)
             return status;
     }
@@ -402,6 +404,13 @@ lco_status lco_tier_create(lco_kv *kv, lco_error *err)
     for (int32_t i = 0; i < o->n_layers; i++)
         kv->views[i].store = &tier->store;
     return open_file(tier, o->spill_path, err);
+}
+
+void lco_tier_reset_counters(lco_kv *kv)
+{
+    lco_tier *t = kv->tier;
+    if (t != NULL)
+        t->spilled = t->restored = t->fetches = t->bytes_fetched = t->issued = t->used = 0;
 }
 
 void lco_tier_destroy(lco_kv *kv)

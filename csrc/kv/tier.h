@@ -55,6 +55,7 @@ struct lco_tier {
 
 lco_status lco_tier_create(lco_kv *kv, lco_error *err); /* kv->tier; nothing when the options ask for none */
 void lco_tier_destroy(lco_kv *kv);
+void lco_tier_reset_counters(lco_kv *kv);
 
 /* Makes page `page` hot: `fill` when what it held must be there again. Sends others away for it. */
 lco_status lco_tier_open(lco_kv *kv, int32_t page, bool fill, lco_error *err);

@@ -111,6 +111,11 @@ int lco_model_threads(const lco_model *model) { return lco_pool_size(model->pool
 
 size_t lco_model_scratch_bytes(const lco_model *model) { return lco_arena_bytes(model->scratch); }
 
+bool lco_model_shares_prefixes(const lco_model *model)
+{
+    return model->config.rope.kind != LCO_ROPE_DYNAMIC && model->config.rope.kind != LCO_ROPE_LONGROPE;
+}
+
 lco_status lco_model_fits(const lco_model *model, const lco_kv *kv, lco_error *err)
 {
     const lco_model_config *c = &model->config;

@@ -67,6 +67,9 @@ typedef struct {
     int64_t n_logits;
 } lco_batch;
 
+/* Whether equal beginnings of prompts have equal keys: not where the rotation depends on how long the whole prompt is. */
+bool lco_model_shares_prefixes(const lco_model *model);
+
 /* LCO_EINVAL when the cache was made for another shape. */
 lco_status lco_model_fits(const lco_model *model, const lco_kv *kv, lco_error *err);
 lco_status lco_batch_check(const lco_model *model, const lco_kv *kv, const lco_batch *batch, lco_error *err);

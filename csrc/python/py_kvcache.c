@@ -34,15 +34,15 @@ static void free_object(PyObject *self)
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", "host_bytes", "spill_path", NULL};
+    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", "host_bytes", "spill_path", "prefix_index", NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype;
-    int page_size, write_buffer;
+    int page_size, write_buffer, prefix_index = 0;
     long long max_tokens, host_bytes = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lz", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lzp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &prefix_index))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -52,7 +52,8 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .write_buffer = write_buffer,
                               .max_tokens = max_tokens,
                               .host_bytes = host_bytes,
-                              .spill_path = spill_path};
+                              .spill_path = spill_path,
+                              .prefix_index = prefix_index};
     if (!lco_py_dtype(dtype, &options.dtype))
         return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected " LCO_PY_DTYPES, dtype);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -143,6 +144,7 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
         COUNT(tokens_held),    COUNT(page_bytes),      COUNT(bytes_per_token),  COUNT(reserved_bytes),    COUNT(resident_bytes),
         COUNT(tail_bytes),     COUNT(tokens_appended), COUNT(blocks_quantised), COUNT(pages_copied),      COUNT(pages_spilled),
         COUNT(pages_restored), COUNT(slices_fetched),  COUNT(bytes_fetched),    COUNT(prefetches_issued), COUNT(prefetches_used),
+        COUNT(pages_cached),   COUNT(tokens_found),    COUNT(bytes_written),
 #undef COUNT
     };
     PyObject *dict = PyDict_New();
@@ -165,6 +167,28 @@ static PyObject *cache_step_tokens(cache_object *self, PyObject *Py_UNUSED(arg))
     return status == LCO_OK ? PyLong_FromLongLong(n) : lco_py_raise((PyObject *)self, &err);
 }
 
+static PyObject *cache_forget_prefixes(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), lco_kv_forget_prefixes(kv));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    Py_RETURN_NONE;
+}
+
+static PyObject *cache_reset_counters(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), lco_kv_reset_counters(kv));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    Py_RETURN_NONE;
+}
+
 static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
 {
     lco_error err;
@@ -181,6 +205,10 @@ static PyMethodDef cache_methods[] = {
     {"stats", (PyCFunction)(void (*)(void))cache_stats, METH_NOARGS, "stats()\n--\n\nExact counters as a dict."},
     {"step_tokens", (PyCFunction)(void (*)(void))cache_step_tokens, METH_NOARGS,
      "step_tokens()\n--\n\nThe most tokens of one sequence that a step may append."},
+    {"forget_prefixes", (PyCFunction)(void (*)(void))cache_forget_prefixes, METH_NOARGS,
+     "forget_prefixes()\n--\n\nEmpty the prefix index."},
+    {"reset_counters", (PyCFunction)(void (*)(void))cache_reset_counters, METH_NOARGS,
+     "reset_counters()\n--\n\nSet the counters of stats() to zero that count since the cache was made."},
     {"check", (PyCFunction)(void (*)(void))cache_check, METH_NOARGS,
      "check()\n--\n\nProve the cache's invariants; FormatError names the first that fails."},
     {"close", (PyCFunction)(void (*)(void))cache_close, METH_NOARGS, "close()\n--\n\nGive all memory back; sequences of this cache end."},
@@ -191,7 +219,8 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None)\n--\n\nA paged key/value cache "
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False)\n--\n\nA "
+                "paged key/value cache "
                 "shaped for a model."},
     {0, NULL},
 };
@@ -266,6 +295,27 @@ static PyObject *sequence_ids(sequence_object *self, PyObject *Py_UNUSED(arg))
         Py_DECREF(bytes);
     } while (status == LCO_OK);
     return lco_py_raise((PyObject *)self, &err);
+}
+
+static PyObject *sequence_adopt(sequence_object *self, PyObject *arg)
+{
+    Py_buffer ids;
+    if (lco_py_get_ids((PyObject *)self, arg, "ids", &ids) != 0)
+        return NULL;
+    if (claim(self) != 0) {
+        PyBuffer_Release(&ids);
+        return NULL;
+    }
+    lco_error err;
+    lco_status status;
+    lco_model *model;
+    lco_seq *seq;
+    int64_t found = 0;
+    LOCKED(self->cache->model, (model = lco_py_model_nogil(self->cache->model, &err)) && (seq = lco_py_sequence_nogil(self, &err)),
+           status = lco_model_shares_prefixes(model) ? lco_seq_adopt(seq, ids.buf, ids.len / 4, &found, &err) : LCO_OK);
+    self->busy--;
+    PyBuffer_Release(&ids);
+    return status == LCO_OK ? PyLong_FromLongLong(found) : lco_py_raise((PyObject *)self, &err);
 }
 
 static PyObject *sequence_read(sequence_object *self, PyObject *args)
@@ -371,6 +421,8 @@ static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
 static PyMethodDef sequence_methods[] = {
     {"ids", (PyCFunction)(void (*)(void))sequence_ids, METH_NOARGS, "ids()\n--\n\nThe ids of the tokens held, int32 as bytes."},
     {"length", (PyCFunction)(void (*)(void))sequence_length, METH_NOARGS, "length()\n--\n\nTokens held."},
+    {"adopt", (PyCFunction)(void (*)(void))sequence_adopt, METH_O,
+     "adopt(ids)\n--\n\nAn empty sequence takes over the pages that the prefix index has of int32 ids; returns how many tokens that is."},
     {"read", (PyCFunction)(void (*)(void))sequence_read, METH_VARARGS,
      "read(layer, keys, values)\n--\n\nKeys and values of a layer into float32 arrays [length, kv_heads, head_dim]."},
     {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS,

@@ -329,10 +329,13 @@ static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, cons
         status = lco_seq_lost(seq, err);
     if (status == LCO_OK && call->logits != NULL)
         status = nan_check(call->logits, batch.n_logits, vocab, pos + call->n - batch.n_logits, err);
-    if (status == LCO_OK)
-        lco_seq_commit(seq, call->ids, call->n);
-    else
+    if (status == LCO_OK) {
+        lco_seq_commit(seq, call->ids, call->n, call->prompt);
+        if (lco_model_shares_prefixes(model))
+            lco_seq_publish(seq);
+    } else {
         lco_seq_truncate(seq, pos, NULL); /* returns the pages reserved for nothing */
+    }
     return status;
 }
 

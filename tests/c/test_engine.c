@@ -28,7 +28,7 @@ static void greedy_equals_a_plain_loop(void)
         lco_batch batch = {
             .ids = ids + done, .items = &item, .n_items = 1, .n_rows = n - done, .logit_rows = &(int64_t){n - done - 1}, .n_logits = 1};
         CHECK_OK(lco_llama_forward(r.model, r.kv, &batch, logits, &check_err));
-        lco_seq_commit(seq, ids + done, n - done);
+        lco_seq_commit(seq, ids + done, n - done, done == 0);
         done = n;
         int32_t best = 0;
         double sum = 0.0;

@@ -99,7 +99,7 @@ static bool append(lco_kv *kv, mirror *m, int64_t count, float first)
         write_token(kv, m->seq, m->n, m->values[m->n]);
         m->n++;
     }
-    lco_seq_commit(m->seq, NULL, count);
+    lco_seq_commit(m->seq, NULL, count, true);
     return true;
 }
 
@@ -236,7 +236,7 @@ static void offsets_are_64_bit(void)
 
     CHECK_OK(lco_seq_truncate(seq, 0, &check_err));
     CHECK_OK(lco_seq_reserve(seq, 16 * 5000, &check_err));
-    lco_seq_commit(seq, NULL, 16 * 5000 - 1);
+    lco_seq_commit(seq, NULL, 16 * 5000 - 1, true);
     float *open = (float *)(void *)lco_kv_codes(&views[31], lco_seq_table(seq)[4999], LCO_VALUE, 7);
     open[5] = 4999.5f;
     lco_seq *fork;
@@ -331,7 +331,7 @@ static void allocations_fail_in(const lco_kv_options *options)
         lco_status status = lco_kv_create(options, &kv, &err);
         if (status == LCO_OK && (status = lco_seq_create(kv, &a, &err)) == LCO_OK &&
             (status = lco_seq_reserve(a, 5 * PAGE, &err)) == LCO_OK) {
-            lco_seq_commit(a, NULL, 4 * PAGE + 1);
+            lco_seq_commit(a, NULL, 4 * PAGE + 1, true);
             if ((status = lco_seq_hold(a, PAGE, &err)) == LCO_OK && (status = lco_seq_fork(a, &b, &err)) == LCO_OK)
                 status = lco_seq_reserve(b, 12 * PAGE, &err);
         }

@@ -109,7 +109,7 @@ static bool append(lco_kv *kv, mirror *m, int64_t count, stream *s)
         return false;
     new_rows(m, m->n, m->n + count, s);
     write_rows(kv, m, m->n, m->n + count);
-    lco_seq_commit(m->seq, NULL, count);
+    lco_seq_commit(m->seq, NULL, count, true);
     m->n += count;
     return true;
 }

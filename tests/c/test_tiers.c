@@ -48,7 +48,7 @@ static lco_status append(lco_kv *kv, mirror *m, int64_t n, float value, lco_erro
         (void)lco_seq_truncate(m->seq, m->n, NULL);
         return status;
     }
-    lco_seq_commit(m->seq, NULL, n);
+    lco_seq_commit(m->seq, NULL, n, true);
     m->n += n;
     return LCO_OK;
 }
