@@ -7,7 +7,7 @@ runs beside it. (llama.cpp applies temperature last; Hugging Face has this order
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -404,6 +404,8 @@ def generate_batch(
     own = cache is None
     if not own:
         of_model(cache, KVCache, model, "cache")
+        given = input_ids["input_ids"] if isinstance(input_ids, Mapping) else input_ids
+        cache._skipped["padding"] += sum(np.size(row) for row in given) - sum(map(len, prompts))
     else:
         longest = sorted((len(r["prompt"]) + r["max_new_tokens"] for r in requests), reverse=True)[:max_batch]
         cache = KVCache(model, max_tokens=max(1, sum(-(-n // 64) * 64 for n in longest)))

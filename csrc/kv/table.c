@@ -223,9 +223,11 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt)
         seq->tail = 1 - seq->tail;
     for (int64_t i = 0; i < n; i++)
         seq->ids[seq->length + i] = ids != NULL ? ids[i] : -1;
+    const lco_kv_options *o = &seq->kv->options;
+    if (seq->exact == seq->length && seq->kv->scaled && !o->write_buffer)
+        seq->exact = seq->length / LCO_KV_BLOCK * LCO_KV_BLOCK; /* rows of a step see their block as all of the step have scaled it */
     if (prompt && seq->exact == seq->length)
         seq->exact += n;
-    const lco_kv_options *o = &seq->kv->options;
     seq->kv->bytes_written += n * (int64_t)seq->kv->token_bytes;
     seq->kv->bytes_written += (o->write_buffer ? blocks * LCO_KV_BLOCK : n) * (int64_t)seq->kv->block_bytes / LCO_KV_BLOCK;
     seq->length += n;

@@ -22,6 +22,9 @@ OPTIONS = {
     "fp8_e5m2": {"dtype": "fp8_e5m2"},
     "int8": {"dtype": "int8", "page_size": 48},
     "unbuffered": {"dtype": "fp8_e4m3", "write_buffer": False},
+    "prefix": {"dtype": "fp8_e4m3", "prefix_cache": True},
+    "prefix unbuffered": {"dtype": "int8", "write_buffer": False, "prefix_cache": True},
+    "prefix spilled": {"dtype": "int8", "page_size": 32, "prefix_cache": True, "hot_pages": 4},
     "spilled": {"dtype": "fp8_e4m3", "hot_pages": 4},
     "spilled bfloat16": {"dtype": "bfloat16", "page_size": 32, "hot_pages": 5},
 }
@@ -120,9 +123,14 @@ class Cache(RuleBasedStateMachine):
         try:
             generation = llmcoopt.generate(self.model, prompt, sequence=sequence, max_new_tokens=n, ignore_eos=True).run()
         except OutOfPagesError:
-            plain.append(sequence.ids[len(plain.ids) :])  # as far as it went
+            new = sequence.ids[len(plain.ids) :]  # as far as it went
         else:
-            plain.append([*prompt, *generation.ids[:-1]])
+            new = [*prompt, *generation.ids[:-1]]
+        if not self.cache.write_buffer:  # see is_exact
+            plain.append(new[: len(prompt)])
+            new = new[len(prompt) :]
+        for ids in [new] if self.cache.write_buffer else [[i] for i in new]:
+            plain.append(ids)
 
     @rule(n=st.integers(1, 90), seed=seeds)
     def ask(self, n, seed):
@@ -150,11 +158,11 @@ class Cache(RuleBasedStateMachine):
         plain.truncate(length, self.is_exact(length, len(plain.ids)))
 
     def is_exact(self, length, before):
-        """Of a cut from `before` to `length`, docs/cache.md: multiples of 16, the block being filled; without a write buffer a block keeps
-        its scale."""
+        """Of a cut from `before` to `length`, docs/cache.md: multiples of 16, the block being filled. Without a write buffer it shows how a
+        sequence was put together, since a block is scaled again and again."""
         if self.cache.dtype not in llmcoopt.cache.SCALED:
             return True
-        return length % 16 == 0 or (self.cache.write_buffer and length // 16 == before // 16)
+        return self.cache.write_buffer and (length % 16 == 0 or length // 16 == before // 16)
 
     @rule(pair=consumes(sequences))
     def free(self, pair):

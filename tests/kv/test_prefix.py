@@ -1,0 +1,158 @@
+"""The prefix index: prompts that begin alike share pages, and nothing of that shows in what they say."""
+
+import numpy as np
+import pytest
+from checkpoints import make
+
+import llmcoopt
+from llmcoopt.cache import DTYPES, SCALED
+
+PAGE = 16
+IDS = np.random.default_rng(11).integers(0, 2048, 600).tolist()
+OTHER = np.random.default_rng(12).integers(0, 2048, 600).tolist()
+OPTIONS = {"max_new_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model():
+    with llmcoopt.Model.from_pretrained("tiny", threads=2) as model:
+        yield model
+
+
+def cache_of(model, dtype="fp8_e4m3", on=True, pages=64, **options):
+    return llmcoopt.KVCache(model, dtype, page_size=PAGE, max_tokens=pages * PAGE, prefix_cache=on, **options)
+
+
+def say(model, cache, prompts):
+    found = model.generate(prompts, cache=cache, return_dict_in_generate=True, **OPTIONS)
+    cache.check()
+    return found.new_ids, found.logprobs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_prompt_again(model, dtype):
+    """Also where its length is a multiple of the page: one token is left to compute."""
+    with cache_of(model, dtype, on=False) as plain, cache_of(model, dtype) as cache:
+        for n in (1, 15, 16, 17, 32, 33, 100):
+            expected = say(model, plain, [IDS[:n]])
+            assert say(model, cache, [IDS[:n]]) == expected
+            before = cache.stats()["writes_skipped"]["prefix"]
+            assert say(model, cache, [IDS[:n]]) == expected
+            assert cache.stats()["writes_skipped"]["prefix"] - before == (n - 1) // PAGE * PAGE
+        stats = cache.stats()
+        assert stats["pages_cached"] == 6 and stats["pages_free"] == stats["pages_total"] and stats["tokens_held"] == 0
+
+
+@pytest.mark.parametrize("shared", [6, 16, 17, 40, 64])
+def test_prompts_that_begin_alike(model, shared):
+    one, other = IDS[:90], [*IDS[:shared], *OTHER[:50]]
+    with cache_of(model, on=False) as plain, cache_of(model) as cache:
+        expected = say(model, plain, [one]), say(model, plain, [other])
+        assert say(model, cache, [one]) == expected[0]
+        assert say(model, cache, [other]) == expected[1]
+        assert cache.stats()["writes_skipped"]["prefix"] == shared // PAGE * PAGE
+
+
+def test_a_batch(model):
+    prompts = [[*IDS[: 20 * i], *OTHER[:30]] for i in range(6)] * 2
+    with cache_of(model, on=False) as plain, cache_of(model) as cache:
+        expected = say(model, plain, prompts)
+        assert say(model, cache, prompts) == expected
+        assert say(model, cache, prompts) == expected
+        assert cache.stats()["writes_skipped"]["prefix"] >= len(prompts) * 16
+
+
+def test_pages_go_when_others_need_them(model):
+    """Fill, give up, use again with another text: the old text must not be found in the new pages."""
+    with cache_of(model, on=False, pages=12) as plain, cache_of(model, pages=12) as cache:
+        for text in (IDS, OTHER, IDS, IDS[100:], OTHER, IDS):
+            assert say(model, cache, [text[:150]]) == say(model, plain, [text[:150]])
+        stats = cache.stats()
+        assert stats["pages_cached"] >= 9 and stats["pages_free"] == 12
+        cache.forget_prefixes()
+        cache.check()
+        assert cache.stats()["pages_cached"] == 0 and cache.stats()["resident_bytes"] == 0
+        assert say(model, cache, [IDS[:150]]) == say(model, plain, [IDS[:150]])
+
+
+def test_preempted_requests(model):
+    prompts = [[*IDS[i : i + 40]] for i in range(0, 160, 40)]
+    with cache_of(model, on=False) as plain, cache_of(model, pages=8) as cache:
+        assert say(model, cache, prompts) == say(model, plain, prompts)
+
+
+def test_forward(model):
+    with cache_of(model, on=False) as plain, cache_of(model) as cache:
+        expected = model.forward(IDS[:70], plain.sequence(), last_only=True)
+        for _ in range(2):
+            assert np.array_equal(model.forward(IDS[:70], cache.sequence(), last_only=True), expected)
+        assert cache.stats()["writes_skipped"]["prefix"] == 64
+        sequence = cache.sequence()
+        assert model.forward(IDS[:70], sequence).shape[0] == 70  # all rows were asked: all are computed
+        assert sequence.ids == IDS[:70]
+
+
+def test_only_what_a_prompt_computes_is_kept(model):
+    """Rows of single tokens are rounded otherwise; a block that came back from codes holds other numbers."""
+    with cache_of(model) as cache:
+        sequence = cache.sequence()
+        model.forward(IDS[:20], sequence)
+        for i in IDS[20:40]:
+            model.forward([i], sequence)
+        say(model, cache, [IDS[:41]])
+        assert cache.stats()["writes_skipped"]["prefix"] == 16
+    for dtype in SCALED:
+        for buffered in (True, False):
+            with cache_of(model, dtype, write_buffer=buffered) as cache:
+                sequence = cache.sequence()
+                model.forward([*IDS[:40], *OTHER[:10]], sequence)
+                sequence.truncate(24)  # into a block that has its codes
+                model.forward(OTHER[:40], sequence)
+                say(model, cache, [[*IDS[:24], *OTHER[:40]]])
+                assert cache.stats()["writes_skipped"]["prefix"] == 16
+                cache.check()
+
+
+def test_with_a_spill_file(model, tmp_path):
+    with cache_of(model, on=False) as plain:
+        size = plain.stats()["page_bytes"]
+        with cache_of(model, host_bytes=6 * size, spill_path=tmp_path) as cache:
+            for text in (IDS, OTHER, IDS, OTHER):
+                assert say(model, cache, [text[:150]]) == say(model, plain, [text[:150]])
+            assert cache.stats()["writes_skipped"]["prefix"] == 2 * 144 and cache.stats()["pages_away"] > 0
+
+
+def test_rotations_that_depend_on_the_length_share_nothing(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    make(tmp_path, rope_scaling=rope, max_position_embeddings=64)
+    prompt = [i % 50 for i in range(40)]
+    with llmcoopt.Model.from_pretrained(tmp_path) as model, cache_of(model) as cache:
+        say(model, cache, [prompt])
+        say(model, cache, [prompt])
+        model.forward(prompt, cache.sequence(), last_only=True)
+        assert cache.stats()["writes_skipped"]["prefix"] == 0 and cache.stats()["pages_cached"] == 0
+
+
+def test_keep_and_other_skipped_writes(model):
+    with cache_of(model, "bfloat16") as cache:
+        sequence = cache.sequence()
+        model.forward(IDS[:50], sequence)
+        assert sequence.keep([*IDS[:30], *OTHER[:10]]) == 30 and len(sequence) == 30
+        assert sequence.keep(IDS[:30]) == 29 and len(sequence) == 29
+        assert sequence.keep(IDS[:200]) == 29 and sequence.keep([]) == 0 and len(sequence) == 0
+        padded = np.array([[0, 0, 0, *IDS[:5]], IDS[:8]])
+        model.generate(padded, attention_mask=padded != 0, cache=cache, **OPTIONS)
+        assert cache.stats()["writes_skipped"] == {"padding": 3, "duplicate": 88, "prefix": 0}
+        assert cache.stats()["bytes_written"] == cache.stats()["tokens_appended"] * cache.stats()["bytes_per_token"]
+        cache.reset_stats()
+        stats = cache.stats()
+        assert stats["writes_skipped"] == {"padding": 0, "duplicate": 0, "prefix": 0} and stats["bytes_written"] == 0
+
+
+def test_bytes_written_are_counted_as_blocks_go(model):
+    with cache_of(model, "int8") as cache:
+        sequence = cache.sequence()
+        model.forward(IDS[:15], sequence)
+        assert cache.stats()["bytes_written"] == 0
+        model.forward(IDS[:2], sequence)
+        assert cache.stats()["bytes_written"] == 16 * cache.stats()["bytes_per_token"]
