@@ -42,6 +42,7 @@ class KVCache:
         host_bytes: int = 0,
         spill_path: str | None = None,
         prefix_index: bool = False,
+        turn_keys: bool = True,
     ) -> None: ...
     def forget_prefixes(self) -> None: ...
     def reset_counters(self) -> None: ...
@@ -137,6 +138,7 @@ class OpContext:
         n_layers: int,
         layer: int,
         items: _Sequence,
+        turned: bool = False,
     ) -> None: ...
     def attention(
         self,

@@ -25,6 +25,8 @@ class KVCache:
             head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own.
         write_buffer: one-byte types only: keep the block that a sequence is filling in 16 bit and quantise it once, when it has 16 tokens, with the
             scale of its largest value. False: quantise every token as it comes.
+        turn_keys: one-byte types only: turn keys and queries by a Walsh-Hadamard matrix, which changes no dot product and spreads large channels, so
+            that rounding to one byte loses less.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
         max_tokens: tokens over all sequences. None: what fits in half of this machine's memory, at most 64 contexts of the model.
         host_bytes: the most memory for pages. None: no bound but max_tokens; with spill_path half of this machine's memory.
@@ -47,6 +49,7 @@ class KVCache:
         host_bytes: int | None = None,
         spill_path: str | os.PathLike | None = None,
         prefix_cache: bool = False,
+        turn_keys: bool = True,
     ):
         self.model = model
         self.dtype = {"auto": model.dtype, "fp8": "fp8_e4m3"}.get(dtype, dtype)
@@ -62,9 +65,10 @@ class KVCache:
         path = os.fspath(spill_path) if spill_path is not None else None
         self.host_bytes, self.spill_path = host_bytes, spill_path
         self.prefix_cache = bool(prefix_cache)
+        self.turn_keys = bool(turn_keys) and self.dtype in SCALED
         self._skipped = {"padding": 0, "duplicate": 0}
         self._core = _core.KVCache(
-            model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache
+            model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache, self.turn_keys
         )
         self.page_size = page_size
         model._caches.add(self)

@@ -124,6 +124,22 @@ def attention_buffered(q, coded, own, pos, scale, window=0):
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
+def turn(x, key):
+    """Rows [..., head_dim] as csrc/base/hadamard.h turns them, float32 sum by float32 sum; float64 rows by the matrix itself."""
+    n, d = x.shape[-1] & -x.shape[-1], x.shape[-1]
+    bits = n.bit_length() - 1
+    x = (x * 0.5 ** ((bits + key) // 2)).astype(x.dtype).reshape(-1, d // n, n)
+    if x.dtype == np.float64:
+        i = np.arange(n)
+        return (x @ (-1.0) ** np.vectorize(lambda v: int(v).bit_count())(i[:, None] & i)).reshape(-1, d)
+    h = 1
+    while h < n:
+        pairs = x.reshape(-1, d // n, n // (2 * h), 2, h)
+        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(-1, d // n, n)
+        h *= 2
+    return x.reshape(-1, d)
+
+
 class Pages:
     """A cache of whole pages as csrc/base/formats.h lays them out, poisoned with NaN until written."""
 

@@ -30,6 +30,7 @@ typedef struct {
     lco_dtype dtype;
     const lco_dtype *layer_dtypes; /* [n_layers], read by lco_kv_create only; NULL: all are `dtype` */
     int32_t page_size;
+    bool turn_keys;     /* one-byte codes: keys and queries are turned before (base/hadamard.h) */
     bool write_buffer;  /* one-byte codes: keep the block being filled in 16 bit and quantise it once */
     int64_t max_tokens; /* over all sequences; rounded up to whole pages */
     /* The most memory for pages, 0: no bound. With spill_path, a folder or the name of a file to make, pages beyond it lie in that file;

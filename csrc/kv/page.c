@@ -40,6 +40,7 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
         *view = (lco_kv_view){.dtype = o->layer_dtypes != NULL ? o->layer_dtypes[i] : o->dtype, .page_size = o->page_size};
         view->n_kv_heads = o->n_kv_heads;
         view->head_dim = o->head_dim;
+        view->turned = o->turn_keys && lco_dtype_scaled(view->dtype);
         view->buffered = o->write_buffer && lco_dtype_scaled(view->dtype);
         view->slice_offset = kv->page_bytes;
         view->tail_offset = kv->tail_bytes;

@@ -1,6 +1,7 @@
 /* Keys and values as numbers again, for people and tools. */
 #include "../base/codes.h"
 #include "../base/convert.h"
+#include "../base/hadamard.h"
 #include "internal.h"
 
 static float number(const uint8_t *codes, int64_t i, lco_dtype dtype, float scale)
@@ -26,6 +27,8 @@ static void read_row(const lco_seq *seq, const lco_kv_view *kv, int64_t position
     }
     for (int64_t j = 0; j < d; j++)
         out[j] = number(codes, j, dtype, scale);
+    if (which == LCO_KEY && kv->turned) /* turned again, and by the power of two that makes it the inverse */
+        lco_hadamard(out, d, 1 / (lco_hadamard_factor(d, true) * (float)lco_hadamard_run(d)));
 }
 
 lco_status lco_seq_read(const lco_seq *seq, int32_t layer, int64_t n, float *keys, float *values, lco_error *err)

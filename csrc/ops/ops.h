@@ -103,8 +103,8 @@ static inline uint8_t *lco_own_block(const lco_kv_view *kv, const lco_item *item
     return item->own + (size_t)(block - item->pos / LCO_KV_BLOCK) * lco_tail_bytes(kv);
 }
 
-/* rope_append: rotates q and k in place by position (rotate-half: pairs i and i + head_dim/2, as Hugging Face checkpoints are stored) and
- * writes k and v of every row to the cache (rounded to its element type: nearest even; float16 saturates at +-65504, NaN stays NaN).
+/* rope_append: rotates q and k in place by position (rotate-half: pairs i and i + head_dim/2, as Hugging Face checkpoints are stored), turns
+ * them where the cache is `turned` (base/hadamard.h), and writes k and v of every row to the cache (rounded to its element type: nearest even; float16 saturates at +-65504, NaN stays NaN).
  * One-byte codes: in a buffered cache a row goes to its block in 16 bit, and a block that has all 16 rows is quantised into the page
  * (base/codes.h); the block left unfinished goes to the tail, or to next_tail when it is not the one that the item began in. Unbuffered, each row is quantised at once: the first of a block sets the scale,
  * and a larger one widens it and rescales the codes before.

@@ -34,15 +34,16 @@ static void free_object(PyObject *self)
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", "host_bytes", "spill_path", "prefix_index", NULL};
+    static char *names[] = {"model",      "dtype",      "page_size",    "max_tokens", "write_buffer",
+                            "host_bytes", "spill_path", "prefix_index", "turn_keys",  NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype;
-    int page_size, write_buffer, prefix_index = 0;
+    int page_size, write_buffer, prefix_index = 0, turn_keys = 1;
     long long max_tokens, host_bytes = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lzp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path, &prefix_index))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lzpp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &turn_keys))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -53,7 +54,8 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .max_tokens = max_tokens,
                               .host_bytes = host_bytes,
                               .spill_path = spill_path,
-                              .prefix_index = prefix_index};
+                              .prefix_index = prefix_index,
+                              .turn_keys = turn_keys};
     if (!lco_py_dtype(dtype, &options.dtype))
         return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected " LCO_PY_DTYPES, dtype);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -219,7 +221,8 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False)\n--\n\nA "
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, "
+                "turn_keys=True)\n--\n\nA "
                 "paged key/value cache "
                 "shaped for a model."},
     {0, NULL},

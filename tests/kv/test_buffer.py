@@ -76,8 +76,10 @@ def test_near_a_cache_of_16_bit(model, cache):
     found = model.forward(IDS[:300], cache.sequence())
     errors = row_errors(found, right)
     assert errors.max() < NEAR[cache.dtype]
+    assert errors[:16].max() < 0.007, "rows of the first block read it from 16 bit: turned keys are rounded to other bfloat16 numbers"
     if "AMX" not in model.isa_detail:  # its tiles round prompt rows over 16-bit caches only
-        assert errors[:16].max() == 0, "rows of the first block read it from 16 bit"
+        with llmcoopt.KVCache(model, cache.dtype, turn_keys=False) as same:
+            assert row_errors(model.forward(IDS[:16], same.sequence()), right[:16]).max() == 0
     assert errors[40:].max() > 1e-4, "the codes are in use"
 
 

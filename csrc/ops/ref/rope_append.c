@@ -1,3 +1,4 @@
+#include "../../base/hadamard.h"
 #include "../impl.h"
 #include "../quantise.h"
 
@@ -34,11 +35,17 @@ static void rope_tokens(void *ctx, int64_t begin, int64_t end, int thread)
         int64_t row = job->item->row + t, pos = job->item->pos + t;
         int64_t page = job->item->table[pos / kv->page_size], slot = pos % kv->page_size;
         const float *cos = a->cos + row * half, *sin = a->sin + row * half;
-        for (int64_t h = 0; h < a->n_heads; h++)
-            rotate(a->q + row * a->ld_q + h * kv->head_dim, cos, sin, half);
+        for (int64_t h = 0; h < a->n_heads; h++) {
+            float *q = a->q + row * a->ld_q + h * kv->head_dim;
+            rotate(q, cos, sin, half);
+            if (kv->turned)
+                lco_hadamard(q, kv->head_dim, lco_hadamard_factor(kv->head_dim, false));
+        }
         for (int64_t h = 0; h < kv->n_kv_heads; h++) {
             float *k = a->k + row * a->ld_kv + h * kv->head_dim;
             rotate(k, cos, sin, half);
+            if (kv->turned)
+                lco_hadamard(k, kv->head_dim, lco_hadamard_factor(kv->head_dim, true));
             if (lco_dtype_scaled(kv->dtype))
                 continue;
             store_row(kv, page, LCO_KEY, h, slot, k);

@@ -1,5 +1,6 @@
 /* Rotation and cache write over vec.h. Products and sums are rounded one by one as in the portable op, so that every instruction set
  * stores the same codes. */
+#include "../../base/hadamard.h"
 #include "../impl.h"
 #include "../quantise.h"
 #include "vec.h"
@@ -15,6 +16,24 @@ static inline void rotate(float *x, const float *cos, const float *sin, int64_t 
     }
 }
 
+/* base/hadamard.h, a head: first the steps within a vector, in registers. */
+static inline void turn(float *x, int64_t d, float factor)
+{
+    if (lco_hadamard_run(d) < VL) {
+        lco_hadamard(x, d, factor);
+        return;
+    }
+    for (int64_t i = 0; i < d; i += VL)
+        v_store(x + i, v_hadamard(v_mul(v_set(factor), v_load(x + i))));
+    for (int64_t h = VL; h < lco_hadamard_run(d); h *= 2)
+        for (int64_t i = 0; i < d; i += 2 * h)
+            for (int64_t j = i; j < i + h; j += VL) {
+                const vf a = v_load(x + j), b = v_load(x + j + h);
+                v_store(x + j, v_add(a, b));
+                v_store(x + j + h, v_sub(a, b));
+            }
+}
+
 static inline void store_codes(uint8_t *row, const float *x, int64_t d, lco_dtype dtype)
 {
     for (int64_t j = 0; j < d; j += VL)
@@ -27,11 +46,18 @@ static void rope_token(const lco_rope_append_args *a, int64_t row, int64_t page,
     const int64_t d = kv->head_dim, half = d / 2;
     const float *cos = a->cos + row * half, *sin = a->sin + row * half;
     const size_t offset = (size_t)(slot * d) * lco_dtype_bytes(kv->dtype);
-    for (int64_t h = 0; h < a->n_heads; h++)
-        rotate(a->q + row * a->ld_q + h * d, cos, sin, half);
+    const float for_q = lco_hadamard_factor(d, false), for_k = lco_hadamard_factor(d, true);
+    for (int64_t h = 0; h < a->n_heads; h++) {
+        float *q = a->q + row * a->ld_q + h * d;
+        rotate(q, cos, sin, half);
+        if (kv->turned)
+            turn(q, d, for_q);
+    }
     for (int64_t h = 0; h < kv->n_kv_heads; h++) {
         float *k = a->k + row * a->ld_kv + h * d;
         rotate(k, cos, sin, half);
+        if (kv->turned)
+            turn(k, d, for_k);
         if (lco_dtype_scaled(kv->dtype))
             continue;
         store_codes(lco_kv_codes(kv, page, LCO_KEY, h) + offset, k, d, kv->dtype);

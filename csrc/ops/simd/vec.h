@@ -46,6 +46,18 @@ static inline __m256i v_to_bf16(vf a) /* nearest even; NaN stays NaN (quiet) */
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
 
+/* base/hadamard.h within a vector: pairs (a, b) that are 1, 2, 4, ... apart become (a + b, a - b). */
+static inline vf v_hadamard(vf x)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int h = 1; h < VL; h *= 2) {
+        const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(h));
+        const vf other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(h)), x);
+        x = _mm512_add_ps(other, _mm512_mask_xor_ps(x, upper, x, v_set(-0.0f)));
+    }
+    return x;
+}
+
 static inline __m256i v_to_f16(vf a) /* nearest even, saturating at 65504; NaN stays NaN */
 {
     vf limited = _mm512_max_ps(v_set(-65504.0f), _mm512_min_ps(v_set(65504.0f), a));
@@ -111,6 +123,17 @@ static inline __m128i v_load_half_n(const void *p, int64_t n)
     return h;
 }
 static inline void v_store_half_n(void *p, __m128i h, int64_t n) { memcpy(p, &h, (size_t)n * 2); }
+
+static inline vf v_hadamard(vf x)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int h = 1; h < VL; h *= 2) {
+        const __m256i bit = _mm256_set1_epi32(h), upper = _mm256_cmpeq_epi32(_mm256_and_si256(lane, bit), bit);
+        const vf other = _mm256_permutevar8x32_ps(x, _mm256_xor_si256(lane, bit));
+        x = _mm256_add_ps(other, _mm256_xor_ps(x, _mm256_and_ps(_mm256_castsi256_ps(upper), v_set(-0.0f))));
+    }
+    return x;
+}
 
 static inline __m128i v_pack_high(__m256i u) /* the high halves of eight 32-bit words */
 {
