@@ -7,6 +7,7 @@ from .cache import KVCache, Sequence
 from .errors import Error
 from .generation import Generation, GenerationOutput, generate
 from .model import Model
+from .taps import Tap
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "KVCache",
     "Model",
     "Sequence",
+    "Tap",
     "Tokenizer",
     "__version__",
     "errors",

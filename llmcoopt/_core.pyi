@@ -23,8 +23,10 @@ class Model:
         last_only: bool = False,
         rope_length: int = 0,
         prompt: bool = True,
+        taps: list[tuple[str, int, Buffer]] = ...,
     ) -> None:
-        """Computes ids after what the sequence holds, appends them, and writes float32 logits [n, vocab] ([vocab] when last_only)."""
+        """Computes ids after what the sequence holds, appends them, and writes float32 logits [n, vocab] ([vocab] when last_only).
+        Activations are copied into the arrays of taps, (point, layer, float32 [n, width]); llmcoopt/taps.py lists the points."""
 
     def info(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -42,7 +44,10 @@ class KVCache:
         host_bytes: int = 0,
         spill_path: str | None = None,
         prefix_index: bool = False,
-    ) -> None: ...
+        layer_dtypes: list[str] | None = None,
+    ) -> None:
+        """layer_dtypes: of every layer, in place of dtype."""
+
     def forget_prefixes(self) -> None: ...
     def reset_counters(self) -> None: ...
     def step_tokens(self) -> int:

@@ -8,9 +8,9 @@ import numpy as np
 from . import _core, _limits
 from ._arrays import bytes_text, html_table
 from .errors import ArgumentError
+from .layer_types import BYTES, DTYPES, SCALED, layer_types, types_text
 
-DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float32")
-SCALED = ("fp8_e4m3", "fp8_e5m2", "int8")
+__all__ = ["DTYPES", "SCALED", "KVCache", "Sequence", "of_model"]
 
 
 class KVCache:
@@ -22,7 +22,8 @@ class KVCache:
     Args:
         model: the Model whose shape the cache takes.
         dtype: element type of keys and values: "fp8_e4m3" (also "fp8"), "fp8_e5m2", "int8": one byte and a scale for each block of 16 tokens, kv
-            head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own.
+            head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own. A list has the type of each layer; a dict has types of
+            single layers, and as "default" that of all others: {"default": "fp8_e4m3", 0: "bfloat16", -1: "bfloat16"}.
         write_buffer: one-byte types only: keep the block that a sequence is filling in 16 bit and quantise it once, when it has 16 tokens, with the
             scale of its largest value. False: quantise every token as it comes.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
@@ -34,13 +35,15 @@ class KVCache:
         prefix_cache: keep full pages of prompts when their sequences go, and find them again for prompts that begin alike. Results are the same to
             the bit. Such pages count as free and are given up when others need them, longest unused first.
 
+    Attributes: dtype is the type that most layers have, layer_dtypes has that of each.
+
     Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had, StorageError when the file can't be made.
     """
 
     def __init__(
         self,
         model,
-        dtype: str = "auto",
+        dtype: str | list | dict = "auto",
         page_size: int = 64,
         max_tokens: int | None = None,
         write_buffer: bool = True,
@@ -49,12 +52,11 @@ class KVCache:
         prefix_cache: bool = False,
     ):
         self.model = model
-        self.dtype = {"auto": model.dtype, "fp8": "fp8_e4m3"}.get(dtype, dtype)
-        if self.dtype not in DTYPES:
-            raise ArgumentError(f"dtype = {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
+        self.layer_dtypes = layer_types(dtype, model.config.num_hidden_layers, model.dtype)
+        self.dtype = max(self.layer_dtypes, key=self.layer_dtypes.count)
         if max_tokens is None:
-            max_tokens = _default_tokens(model.config, 1 if self.dtype in SCALED else 4 if self.dtype == "float32" else 2)
-        self.write_buffer = write_buffer and self.dtype in SCALED
+            max_tokens = _default_tokens(model.config, self.layer_dtypes)
+        self.write_buffer = write_buffer and any(name in SCALED for name in self.layer_dtypes)
         if host_bytes is None and spill_path is not None:
             host_bytes = _limits.memory_bytes() // 2
         if host_bytes is not None and (isinstance(host_bytes, bool) or not isinstance(host_bytes, int | np.integer) or host_bytes < 1):
@@ -64,7 +66,8 @@ class KVCache:
         self.prefix_cache = bool(prefix_cache)
         self._skipped = {"padding": 0, "duplicate": 0}
         self._core = _core.KVCache(
-            model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache
+            *(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache),
+            layer_dtypes=list(self.layer_dtypes),
         )
         self.page_size = page_size
         model._caches.add(self)
@@ -113,7 +116,7 @@ class KVCache:
         except ArgumentError:
             return "KVCache(closed)"
         return (
-            f"KVCache({self.dtype}, {s['tokens_held']} tokens in {_sequences(s)}, "
+            f"KVCache({types_text(self.layer_dtypes)}, {s['tokens_held']} tokens in {_sequences(s)}, "
             f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory"
             f"{self._away(s)})"
         )
@@ -127,7 +130,7 @@ class KVCache:
         s = self.stats()
         used = s["pages_total"] - s["pages_free"]
         rows = {
-            "element type": self.dtype,
+            "element type": types_text(self.layer_dtypes),
             "tokens held": f"{s['tokens_held']} in {_sequences(s)}",
             "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
             "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
@@ -206,6 +209,6 @@ def _sequences(stats: dict) -> str:
     return "1 sequence" if stats["sequences"] == 1 else f"{stats['sequences']} sequences"
 
 
-def _default_tokens(config, element_bytes: int) -> int:
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
+def _default_tokens(config, types) -> int:
+    per_token = 2 * config.num_key_value_heads * config.head_dim * sum(BYTES[name] for name in types)
     return max(1, min(64 * config.max_positions, _limits.memory_bytes() // 2 // per_token))

@@ -10,6 +10,7 @@ from . import _core, _limits, loaders
 from ._arrays import as_ids, bytes_text, html_table
 from .cache import KVCache, Sequence, of_model
 from .errors import ArgumentError, ForkError, UnsupportedError
+from .taps import Tap
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
 CHUNK = 512  # prompt tokens computed at once; Ctrl-C is heard between chunks
@@ -76,22 +77,25 @@ class Model:
     def name(self) -> str:
         return self.path.stem if self.path.suffix == ".gguf" else self.path.name
 
-    def forward(self, ids, sequence: Sequence | None = None, last_only: bool = False) -> np.ndarray:
+    def forward(self, ids, sequence: Sequence | None = None, last_only: bool = False, tap: Tap | None = None) -> np.ndarray:
         """Computes `ids` after what `sequence` holds, appends them to it, and returns logits.
 
         Args:
             ids: token ids, n of them.
             sequence: where keys and values go; None: a temporary one.
             last_only: only the logits after the last id.
+            tap: a Tap, which is shown activations on their way.
 
         Returns float32 [n, vocab_size], or [vocab_size] when last_only. Prompts are computed in chunks of 512; on an error or Ctrl-C the
         sequence is as it was before the call. Raises ArgumentError (empty, out of range, longer than the context), OutOfPagesError,
         NumericError when a logit is NaN.
         """
         ids = as_ids(ids, self.config.vocab_size)
+        if not isinstance(tap, Tap | None):
+            raise ArgumentError(f"tap: found {type(tap).__name__}, expected a Tap")
         if sequence is None:
             with KVCache(self, max_tokens=len(ids)) as cache:
-                return self.forward(ids, cache.sequence(), last_only)
+                return self.forward(ids, cache.sequence(), last_only, tap)
         sequence = of_model(sequence, Sequence, self, "sequence")
         start, n, vocab = len(sequence), len(ids), self.config.vocab_size
         if start + n > self.config.max_positions:
@@ -100,11 +104,21 @@ class Model:
         sequence._core.hold(n)
         try:
             chunk = min(CHUNK, sequence.cache._core.step_tokens())
-            found = sequence._core.adopt(ids) if last_only and start == 0 and n > 1 else 0
+            if tap is not None:
+                chunk = tap.chunk(self.config, chunk)
+            # A tap wants to see all tokens, also those that the prefix index would find.
+            found = sequence._core.adopt(ids) if last_only and start == 0 and n > 1 and tap is None else 0
             for at in range(found, n, chunk):
                 part = ids[at : at + chunk]
                 out = logits[at : at + chunk] if not last_only else logits if at + chunk >= n else None
-                self._core.forward(sequence._core, part, out, last_only, rope_length=start + n, prompt=n > 1)
+                how = {"rope_length": start + n, "prompt": n > 1}
+                if tap is None:
+                    self._core.forward(sequence._core, part, out, last_only, **how)
+                else:
+                    seen = tap.arrays(self.config, len(part))
+                    self._core.forward(sequence._core, part, out, last_only, **how, taps=seen)
+                    for place in seen:
+                        tap.look(*place)
         except BaseException:
             sequence.truncate(start)
             raise

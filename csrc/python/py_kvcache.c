@@ -32,17 +32,41 @@ static void free_object(PyObject *self)
 
 /* ---- KVCache ---- */
 
+/* The element type of each layer from a list of names; NULL with an exception. The caller frees it. */
+static lco_dtype *read_layer_dtypes(core_state *state, PyObject *list, int32_t n_layers)
+{
+    if (!PyList_Check(list) || PyList_Size(list) != n_layers) {
+        PyErr_Format(state->errors[LCO_EINVAL], "layer_dtypes: expected a list of %d names, one a layer", n_layers);
+        return NULL;
+    }
+    lco_dtype *types = PyMem_Calloc((size_t)n_layers, sizeof *types);
+    if (types == NULL)
+        PyErr_NoMemory();
+    for (int32_t i = 0; i < n_layers && types != NULL; i++) {
+        PyObject *item = PyList_GetItem(list, i);
+        const char *name = PyUnicode_Check(item) ? PyUnicode_AsUTF8AndSize(item, NULL) : "";
+        if (name != NULL && lco_py_dtype(name, &types[i]))
+            continue;
+        if (name != NULL)
+            PyErr_Format(state->errors[LCO_EINVAL], "layer_dtypes: layer %d has %R, expected " LCO_PY_DTYPES, i, item);
+        PyMem_Free(types);
+        types = NULL;
+    }
+    return types;
+}
+
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", "host_bytes", "spill_path", "prefix_index", NULL};
+    static char *names[] = {"model",      "dtype",      "page_size",    "max_tokens",   "write_buffer",
+                            "host_bytes", "spill_path", "prefix_index", "layer_dtypes", NULL};
     core_state *state = PyType_GetModuleState(type);
-    PyObject *model;
+    PyObject *model, *layer_dtypes = Py_None;
     const char *dtype;
     int page_size, write_buffer, prefix_index = 0;
     long long max_tokens, host_bytes = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lzp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path, &prefix_index))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzpO", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &layer_dtypes))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -64,12 +88,20 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     lco_kv *kv;
     Py_INCREF(model);
     self->model = (model_object *)model;
-    if (lco_owner_check(owner->owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
-        lco_kv_create(&options, &kv, &err) == LCO_OK) {
-        self->kv = kv;
-        return (PyObject *)self;
+    lco_dtype *types = NULL;
+    if (layer_dtypes != Py_None && (types = read_layer_dtypes(state, layer_dtypes, owner->n_layers)) == NULL) {
+        Py_DECREF(self);
+        return NULL;
     }
-    lco_py_raise((PyObject *)self, &err);
+    options.layer_dtypes = types;
+    if (lco_owner_check(owner->owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
+        lco_kv_create(&options, &kv, &err) == LCO_OK)
+        self->kv = kv;
+    else
+        lco_py_raise((PyObject *)self, &err);
+    PyMem_Free(types);
+    if (self->kv != NULL)
+        return (PyObject *)self;
     Py_DECREF(self);
     return NULL;
 }
@@ -219,9 +251,9 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False)\n--\n\nA "
-                "paged key/value cache "
-                "shaped for a model."},
+    {Py_tp_doc,
+     "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, layer_dtypes=None)\n"
+     "--\n\nA paged key/value cache shaped for a model."},
     {0, NULL},
 };
 
