@@ -4,6 +4,7 @@ from . import errors
 from ._core import isas
 from ._version import __version__
 from .cache import KVCache, Sequence
+from .damage import KVCacheReport, cache_report
 from .errors import Error
 from .generation import Generation, GenerationOutput, generate
 from .model import Model
@@ -15,11 +16,13 @@ __all__ = [
     "Generation",
     "GenerationOutput",
     "KVCache",
+    "KVCacheReport",
     "Model",
     "Sequence",
     "Tap",
     "Tokenizer",
     "__version__",
+    "cache_report",
     "errors",
     "generate",
     "isas",
