@@ -27,6 +27,8 @@ class KVCache:
         write_buffer: one-byte types only: keep the block that a sequence is filling in 16 bit and quantise it once, when it has 16 tokens, with the
             scale of its largest value. False: quantise every token as it comes.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
+        calibration: with dtype="auto": texts (strings, or lists of token ids) on which `choose_cache_dtype` chooses the type of each layer, fp8_e4m3
+            where it does no harm, so that the damage stays within `tolerance`; `tokenizer` is for strings (None: the model's own).
         max_tokens: tokens over all sequences. None: what fits in half of this machine's memory, at most 64 contexts of the model.
         host_bytes: the most memory for pages. None: no bound but max_tokens; with spill_path half of this machine's memory.
         spill_path: a folder, or the name of a file to make there: pages beyond host_bytes lie in that file, the oldest tokens of a sequence first,
@@ -35,7 +37,7 @@ class KVCache:
         prefix_cache: keep full pages of prompts when their sequences go, and find them again for prompts that begin alike. Results are the same to
             the bit. Such pages count as free and are given up when others need them, longest unused first.
 
-    Attributes: dtype is the type that most layers have, layer_dtypes has that of each.
+    Attributes: dtype is the type that most layers have, layer_dtypes has that of each; choice is the CacheChoice made on `calibration`, or None.
 
     Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had, StorageError when the file can't be made.
     """
@@ -50,8 +52,20 @@ class KVCache:
         host_bytes: int | None = None,
         spill_path: str | os.PathLike | None = None,
         prefix_cache: bool = False,
+        *,
+        calibration=None,
+        tolerance: float = 0.001,
+        tokenizer=None,
     ):
         self.model = model
+        self.choice = None
+        if calibration is not None:
+            if dtype != "auto":
+                raise ArgumentError(f"calibration: dtype is {dtype!r}, expected 'auto': otherwise there is nothing to choose")
+            from .dtype_choice import choose_cache_dtype
+
+            self.choice = choose_cache_dtype(model, calibration, tolerance, tokenizer=tokenizer, write_buffer=write_buffer)
+            dtype = self.choice.dtypes
         self.layer_dtypes = layer_types(dtype, model.config.num_hidden_layers, model.dtype)
         self.dtype = max(self.layer_dtypes, key=self.layer_dtypes.count)
         if max_tokens is None:
