@@ -45,8 +45,9 @@ class KVCache:
         spill_path: str | None = None,
         prefix_index: bool = False,
         layer_dtypes: list[str] | None = None,
+        fixed_scales: Buffer | None = None,
     ) -> None:
-        """layer_dtypes: of every layer, in place of dtype."""
+        """layer_dtypes: of every layer, in place of dtype. fixed_scales: float32 [layers, k|v, kv_heads], for layers of fp8_e4m3."""
 
     def forget_prefixes(self) -> None: ...
     def reset_counters(self) -> None: ...
@@ -142,6 +143,7 @@ class OpContext:
         n_layers: int,
         layer: int,
         items: _Sequence,
+        scales: Buffer | None = None,
     ) -> None: ...
     def attention(
         self,

@@ -26,6 +26,8 @@ class KVCache:
             single layers, and as "default" that of all others: {"default": "fp8_e4m3", 0: "bfloat16", -1: "bfloat16"}.
         write_buffer: one-byte types only: keep the block that a sequence is filling in 16 bit and quantise it once, when it has 16 tokens, with the
             scale of its largest value. False: quantise every token as it comes.
+        kv_scales: "block": scales come from the data, one for each block. "checkpoint": layers of fp8_e4m3 take k_scale and v_scale from the files
+            of the model for all blocks, as their author calibrated them; what is larger than 448 times the scale saturates.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
         calibration: with dtype="auto": texts (strings, or lists of token ids) on which `choose_cache_dtype` chooses the type of each layer, fp8_e4m3
             where it does no harm, so that the damage stays within `tolerance`; `tokenizer` is for strings (None: the model's own).
@@ -53,6 +55,7 @@ class KVCache:
         spill_path: str | os.PathLike | None = None,
         prefix_cache: bool = False,
         *,
+        kv_scales: str = "block",
         calibration=None,
         tolerance: float = 0.001,
         tokenizer=None,
@@ -62,6 +65,8 @@ class KVCache:
         if calibration is not None:
             if dtype != "auto":
                 raise ArgumentError(f"calibration: dtype is {dtype!r}, expected 'auto': otherwise there is nothing to choose")
+            if kv_scales != "block":
+                raise ArgumentError(f"calibration: kv_scales is {kv_scales!r}, expected 'block': that is what is measured")
             from .dtype_choice import choose_cache_dtype
 
             self.choice = choose_cache_dtype(model, calibration, tolerance, tokenizer=tokenizer, write_buffer=write_buffer)
@@ -70,6 +75,8 @@ class KVCache:
         self.dtype = max(self.layer_dtypes, key=self.layer_dtypes.count)
         if max_tokens is None:
             max_tokens = _default_tokens(model.config, self.layer_dtypes)
+        self.kv_scales = kv_scales
+        scales = checkpoint_scales(model, self.layer_dtypes, kv_scales)
         self.write_buffer = write_buffer and any(name in SCALED for name in self.layer_dtypes)
         if host_bytes is None and spill_path is not None:
             host_bytes = _limits.memory_bytes() // 2
@@ -82,6 +89,7 @@ class KVCache:
         self._core = _core.KVCache(
             *(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache),
             layer_dtypes=list(self.layer_dtypes),
+            fixed_scales=scales,
         )
         self.page_size = page_size
         model._caches.add(self)
@@ -221,6 +229,25 @@ def of_model(item, kind: type, model, what: str):
 
 def _sequences(stats: dict) -> str:
     return "1 sequence" if stats["sequences"] == 1 else f"{stats['sequences']} sequences"
+
+
+def checkpoint_scales(model, types, kv_scales: str) -> np.ndarray | None:
+    """float32 [layers, k|v, kv heads] for the core, or None: scales come from the data. ArgumentError when a layer that needs them has none."""
+    if kv_scales not in ("block", "checkpoint"):
+        raise ArgumentError(f"kv_scales = {kv_scales!r}, expected 'block' or 'checkpoint'")
+    if kv_scales == "block":
+        return None
+    coded = [i for i, name in enumerate(types) if name in SCALED]
+    wrong = next((i for i in coded if types[i] != "fp8_e4m3"), None)
+    if wrong is not None or not coded:
+        found = types[wrong] if coded else types[0]
+        raise ArgumentError(f"kv_scales = 'checkpoint' is for layers of fp8_e4m3, which such scales are made for; found {found}")
+    if model.cache_scales is None:
+        raise ArgumentError(f"kv_scales = 'checkpoint': the files of {model.name!r} have no k_scale and v_scale")
+    bare = next((i for i in coded if np.isnan(model.cache_scales[i]).any()), None)
+    if bare is not None:
+        raise ArgumentError(f"kv_scales = 'checkpoint': layer {bare} has no k_scale and v_scale in the files of {model.name!r}")
+    return np.where(np.isnan(model.cache_scales), np.float32(1), model.cache_scales)  # the other layers' are not used
 
 
 def _default_tokens(config, types) -> int:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from . import _core
 from ._arrays import as_ids
-from .cache import KVCache
+from .cache import KVCache, checkpoint_scales
 from .errors import ArgumentError, NumericError, UnsupportedError
 from .layer_types import BYTES, SCALED, layer_types, types_text
 from .taps import Tap
@@ -192,7 +192,15 @@ def _percent(share):
 
 
 def cache_report(
-    model, texts, dtype="fp8_e4m3", *, tokenizer=None, window: int | None = None, write_buffer: bool = True, progress: bool = True
+    model,
+    texts,
+    dtype="fp8_e4m3",
+    *,
+    tokenizer=None,
+    window: int | None = None,
+    write_buffer: bool = True,
+    kv_scales: str = "block",
+    progress: bool = True,
 ) -> KVCacheReport:
     """Measures what a cache of these element types does to keys, values and attention, layer by layer and head by head.
 
@@ -204,7 +212,7 @@ def cache_report(
         dtype: as in KVCache: a name, a list of a name for each layer, or a dict.
         tokenizer: for strings; None: the model's own.
         window: tokens that see each other; longer texts are cut. None: 2,048 or the model's context.
-        write_buffer: as in KVCache.
+        write_buffer, kv_scales: as in KVCache.
         progress: a bar on stderr.
 
     Raises ArgumentError, and NumericError when keys or values are NaN or infinite.
@@ -212,10 +220,11 @@ def cache_report(
     types = layer_types(dtype, model.config.num_hidden_layers, model.dtype)
     windows = text_windows(model, texts, tokenizer, window)
     config, context, sums = model.config, _core.OpContext(model.isa, model.threads), {}
+    scales = checkpoint_scales(model, types, kv_scales)
     with KVCache(model, list(types), max_tokens=1, write_buffer=write_buffer) as cache:
         per_token = cache.stats()["bytes_per_token"]
     for ids in tqdm(windows, "cache report", unit="text", disable=not progress):
-        layers = [_Layer(context, config, i, name, write_buffer) for i, name in enumerate(types)]
+        layers = [_Layer(context, config, i, name, write_buffer, scales) for i, name in enumerate(types)]
         with KVCache(model, "float32", max_tokens=len(ids)) as cache:
             tap = Tap(["q", "k", "v"], lambda point, layer, rows, layers=layers: layers[layer].add(point, rows))
             model.forward(ids, cache.sequence(), last_only=True, tap=tap)
@@ -228,8 +237,9 @@ def cache_report(
 class _Layer:
     """One layer's queries, keys and values of one text."""
 
-    def __init__(self, context, config, index, dtype, write_buffer):
+    def __init__(self, context, config, index, dtype, write_buffer, scales):
         self.context, self.config, self.index, self.dtype, self.write_buffer = context, config, index, dtype, write_buffer
+        self.scales = scales[index] if scales is not None and dtype in SCALED else None
         self.parts = {"q": [], "k": [], "v": []}
 
     def add(self, point, rows):
@@ -242,7 +252,8 @@ class _Layer:
             raise NumericError(f"layer {self.index}: queries, keys or values are NaN or infinite")
         q, k, v = (x.reshape(len(x), -1, self.config.head_dim) for x in (q, k, v))
         exact, coded = (_Pages(self.config, dtype, len(q), self.write_buffer) for dtype in ("float32", self.dtype))
-        right, found = (pages.attend(self.context, q, k, v, self.index) for pages in (exact, coded))
+        right = exact.attend(self.context, q, k, v, self.index)
+        found = coded.attend(self.context, q, k, v, self.index, self.scales)
         groups = len(q), self.config.num_key_value_heads, -1
         sums = {"attention_error": _squares((found - right).reshape(groups)), "attention_error of": _squares(right.reshape(groups))}
         full = len(q) // BLOCK * BLOCK
@@ -266,14 +277,14 @@ class _Pages:
         self.data = np.zeros(self.n * (-(-(self.codes + self.scales) // 64) * 64), np.uint8)
         self.tail = 2 * 2 * BLOCK * heads * d if write_buffer and dtype in SCALED else 0
 
-    def attend(self, context, q, k, v, layer):
+    def attend(self, context, q, k, v, layer, scales=None):
         """Writes k and v [tokens, kv heads, head_dim] and returns float32 attention of q over them, [tokens, heads, head_dim]."""
         n, c, d = len(q), self.config, self.config.head_dim
         tails = [np.zeros(size * self.tail, np.uint8) for size in (1, 1, -(-n // BLOCK)) if self.tail]
         items = [(np.arange(self.n, dtype=np.int32), 0, n, 0, True, *tails)]
         where = {"cache": self.data, "dtype": self.dtype, "page_size": PAGE, "n_layers": 1, "layer": 0, "items": items}
         still, out = (np.ones((n, d // 2), np.float32), np.zeros((n, d // 2), np.float32)), np.empty_like(q)
-        context.rope_append(q.copy(), k.copy(), v, *still, **where)  # they are rotated already
+        context.rope_append(q.copy(), k.copy(), v, *still, **where, scales=scales)  # they are rotated already
         window = c.window[layer] if c.window else 0
         context.attention(out, q, **where, n_kv_heads=c.num_key_value_heads, scale=d**-0.5, window=window)
         return out

@@ -20,7 +20,8 @@ class Model:
     """A language model on the CPU. Make one with `Model.from_pretrained`.
 
     Attributes: config (ModelConfig), dtype (of the weight matrices), name, path, isa (instruction set in use), threads, num_parameters,
-    weight_bytes. Use it as a context manager, or call close(), to stop its threads and release the mapped files.
+    weight_bytes, cache_scales (float32 [layers, k|v, kv heads] of the checkpoint, or None; see KVCache's kv_scales). Use it as a context
+    manager, or call close(), to stop its threads and release the mapped files.
     """
 
     def __init__(self, checkpoint, threads: int = 0, isa: str | None = None):
@@ -29,6 +30,7 @@ class Model:
         self.format = checkpoint.format
         self.tokenizer_source = checkpoint.tokenizer_source
         self.generation_config = checkpoint.generation_config
+        self.cache_scales = checkpoint.cache_scales
         tensors = list(checkpoint.tensors.values())
         self._core = _core.Model(
             self.config.to_core(), [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors], threads or _limits.cpus(), isa
@@ -173,6 +175,7 @@ class Model:
             "rope": c.rope.kind,
             "tied_embeddings": c.tie_word_embeddings,
             "cache_bytes_per_token": 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (4 if self.dtype == "float32" else 2),
+            "cache_scales": _scales_text(self.cache_scales),
             "isa": self.isa_detail,
             "threads": self.threads,
         }
@@ -189,6 +192,14 @@ class Model:
         facts = self.facts()
         facts["weight_bytes"] = bytes_text(facts["weight_bytes"])
         return html_table(f"Model {self.name}", facts)
+
+
+def _scales_text(scales) -> str | None:
+    """Of a checkpoint's k_scale and v_scale, for people."""
+    if scales is None:
+        return None
+    found = scales[~np.isnan(scales).any(axis=(1, 2))]
+    return f"{len(found)} of {len(scales)} layers, {found.min():.4g} to {found.max():.4g}"
 
 
 def _drain(items: weakref.WeakSet):

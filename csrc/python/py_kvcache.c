@@ -55,18 +55,41 @@ static lco_dtype *read_layer_dtypes(core_state *state, PyObject *list, int32_t n
     return types;
 }
 
+/* float32 scales of all layers, K or V and kv heads: positive, and with a reciprocal. */
+static int take_fixed_scales(const model_object *model, PyObject *object, Py_buffer *view)
+{
+    core_state *state = lco_py_state((PyObject *)model);
+    const Py_ssize_t n = (Py_ssize_t)2 * model->n_layers * model->n_kv_heads;
+    if (PyObject_GetBuffer(object, view, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) != 0)
+        return -1;
+    const float *values = view->buf;
+    Py_ssize_t bad = 0;
+    if (view->format == NULL || strcmp(view->format, "f") != 0 || view->len != n * (Py_ssize_t)sizeof(float)) {
+        PyErr_Format(state->errors[LCO_EINVAL], "fixed_scales: %zd bytes, expected %zd float32: [layers, k|v, kv heads]", view->len, n);
+    } else {
+        while (bad < n && values[bad] >= 0x1p-126f && values[bad] <= 0x1p126f)
+            bad++;
+        if (bad == n)
+            return 0;
+        PyErr_Format(state->errors[LCO_EINVAL], "fixed_scales: number %zd is not a scale (positive, finite, and with a reciprocal)", bad);
+    }
+    PyBuffer_Release(view);
+    return -1;
+}
+
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model",      "dtype",      "page_size",    "max_tokens",   "write_buffer",
-                            "host_bytes", "spill_path", "prefix_index", "layer_dtypes", NULL};
+    static char *names[] = {"model",        "dtype",        "page_size",    "max_tokens", "write_buffer", "host_bytes", "spill_path",
+                            "prefix_index", "layer_dtypes", "fixed_scales", NULL};
     core_state *state = PyType_GetModuleState(type);
-    PyObject *model, *layer_dtypes = Py_None;
+    PyObject *model, *layer_dtypes = Py_None, *fixed_scales = Py_None;
+    Py_buffer scales = {0};
     const char *dtype;
     int page_size, write_buffer, prefix_index = 0;
     long long max_tokens, host_bytes = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzpO", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &layer_dtypes))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzpOO", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &layer_dtypes, &fixed_scales))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -89,17 +112,22 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     Py_INCREF(model);
     self->model = (model_object *)model;
     lco_dtype *types = NULL;
-    if (layer_dtypes != Py_None && (types = read_layer_dtypes(state, layer_dtypes, owner->n_layers)) == NULL) {
+    if ((layer_dtypes != Py_None && (types = read_layer_dtypes(state, layer_dtypes, owner->n_layers)) == NULL) ||
+        (fixed_scales != Py_None && take_fixed_scales(owner, fixed_scales, &scales) != 0)) {
+        PyMem_Free(types);
         Py_DECREF(self);
         return NULL;
     }
     options.layer_dtypes = types;
+    options.fixed_scales = scales.buf;
     if (lco_owner_check(owner->owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
         lco_kv_create(&options, &kv, &err) == LCO_OK)
         self->kv = kv;
     else
         lco_py_raise((PyObject *)self, &err);
     PyMem_Free(types);
+    if (scales.obj != NULL)
+        PyBuffer_Release(&scales);
     if (self->kv != NULL)
         return (PyObject *)self;
     Py_DECREF(self);
@@ -251,9 +279,8 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc,
-     "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, layer_dtypes=None)\n"
-     "--\n\nA paged key/value cache shaped for a model."},
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, "
+                "layer_dtypes=None, fixed_scales=None)\n--\n\nA paged key/value cache shaped for a model."},
     {0, NULL},
 };
 
