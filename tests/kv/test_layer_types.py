@@ -188,4 +188,33 @@ def test_bad_types(model):
         "layer 0 has 3": [3] * 6,
     }.items():
         with pytest.raises(ArgumentError, match=text):
-            _core.KVCache(model._core, "int8", 64, 1000, True, types)
+            _core.KVCache(model._core, "int8", 64, 1000, True, layer_dtypes=types)
+
+
+def test_spilled_pages_and_prefixes(model, tmp_path):
+    """Layers of unequal sizes in the spill file, and found again by the prefix index: the same bits."""
+    ids, other = prompt(180), prompt(50, seed=3)
+    with llmcoopt.KVCache(model, MIXED, page_size=16) as cache:
+        seq = cache.sequence()
+        right = [model.forward(part, seq) for part in (ids, other)]
+        kept = [seq.kv(layer) for layer in range(len(MIXED))]
+        page = cache.stats()["page_bytes"]
+    with llmcoopt.KVCache(model, MIXED, page_size=16, host_bytes=7 * page, spill_path=tmp_path) as cache:
+        seq = cache.sequence()
+        for part, logits in zip((ids, other), right, strict=True):
+            assert np.array_equal(model.forward(part, seq), logits)
+        assert cache.stats()["pages_away"] > 0
+        for layer, pair in enumerate(kept):
+            for found, expected in zip(seq.kv(layer), pair, strict=True):
+                assert np.array_equal(found, expected), layer
+        cache.check()
+    with llmcoopt.KVCache(model, MIXED, page_size=16, prefix_cache=True) as cache:
+        for _ in range(2):
+            seq = cache.sequence()
+            assert np.array_equal(model.forward(ids, seq, last_only=True), right[0][-1])
+            assert np.array_equal(model.forward(other, seq), right[1])
+        assert cache.stats()["writes_skipped"]["prefix"] > 100
+        seq, seen = cache.sequence(), []
+        tap = Tap("k", lambda point, layer, rows: seen.append(len(rows)), layers=[0])
+        assert np.array_equal(model.forward(ids, seq, last_only=True, tap=tap), right[0][-1])
+        assert sum(seen) == 180, "a tap sees every token, also those whose pages are known"

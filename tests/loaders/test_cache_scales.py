@@ -158,7 +158,7 @@ def test_bad_options(tmp_path):
             (np.full((3, 2, 2), np.nan, np.float32), "number 0 is not a scale"),
         ):
             with pytest.raises(ArgumentError, match=text):
-                llmcoopt._core.KVCache(model._core, "fp8_e4m3", 64, 100, True, None, scales)
+                llmcoopt._core.KVCache(model._core, "fp8_e4m3", 64, 100, True, fixed_scales=scales)
     with (
         llmcoopt.Model.from_pretrained("tiny") as tiny,
         pytest.raises(ArgumentError, match="the files of 'tiny' have no k_scale and v_scale"),
