@@ -23,8 +23,10 @@ class Model:
         last_only: bool = False,
         rope_length: int = 0,
         prompt: bool = True,
+        taps: list[tuple[str, int, Buffer]] = ...,
     ) -> None:
-        """Computes ids after what the sequence holds, appends them, and writes float32 logits [n, vocab] ([vocab] when last_only)."""
+        """Computes ids after what the sequence holds, appends them, and writes float32 logits [n, vocab] ([vocab] when last_only).
+        Activations are copied into the arrays of taps, (point, layer, float32 [n, width]); llmcoopt/taps.py lists the points."""
 
     def info(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -43,7 +45,11 @@ class KVCache:
         spill_path: str | None = None,
         prefix_index: bool = False,
         turn_keys: bool = True,
-    ) -> None: ...
+        layer_dtypes: list[str] | None = None,
+        fixed_scales: Buffer | None = None,
+    ) -> None:
+        """layer_dtypes: of every layer, in place of dtype. fixed_scales: float32 [layers, k|v, kv_heads], for layers of fp8_e4m3."""
+
     def forget_prefixes(self) -> None: ...
     def reset_counters(self) -> None: ...
     def step_tokens(self) -> int:
@@ -138,6 +144,7 @@ class OpContext:
         n_layers: int,
         layer: int,
         items: _Sequence,
+        scales: Buffer | None = None,
         turned: bool = False,
     ) -> None: ...
     def attention(

@@ -8,9 +8,9 @@ import numpy as np
 from . import _core, _limits
 from ._arrays import bytes_text, html_table
 from .errors import ArgumentError
+from .layer_types import BYTES, DTYPES, SCALED, layer_types, types_text
 
-DTYPES = ("fp8_e4m3", "fp8_e5m2", "int8", "float16", "bfloat16", "float32")
-SCALED = ("fp8_e4m3", "fp8_e5m2", "int8")
+__all__ = ["DTYPES", "SCALED", "KVCache", "Sequence", "of_model"]
 
 
 class KVCache:
@@ -22,12 +22,17 @@ class KVCache:
     Args:
         model: the Model whose shape the cache takes.
         dtype: element type of keys and values: "fp8_e4m3" (also "fp8"), "fp8_e5m2", "int8": one byte and a scale for each block of 16 tokens, kv
-            head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own.
+            head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own. A list has the type of each layer; a dict has types of
+            single layers, and as "default" that of all others: {"default": "fp8_e4m3", 0: "bfloat16", -1: "bfloat16"}.
         write_buffer: one-byte types only: keep the block that a sequence is filling in 16 bit and quantise it once, when it has 16 tokens, with the
             scale of its largest value. False: quantise every token as it comes.
         turn_keys: one-byte types only: turn keys and queries by a Walsh-Hadamard matrix, which changes no dot product and spreads large channels, so
             that rounding to one byte loses less.
+        kv_scales: "block": scales come from the data, one for each block. "checkpoint": layers of fp8_e4m3 take k_scale and v_scale from the files
+            of the model for all blocks, as their author calibrated them; what is larger than 448 times the scale saturates.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
+        calibration: with dtype="auto": texts (strings, or lists of token ids) on which `choose_cache_dtype` chooses the type of each layer, fp8_e4m3
+            where it does no harm, so that the damage stays within `tolerance`; `tokenizer` is for strings (None: the model's own).
         max_tokens: tokens over all sequences. None: what fits in half of this machine's memory, at most 64 contexts of the model.
         host_bytes: the most memory for pages. None: no bound but max_tokens; with spill_path half of this machine's memory.
         spill_path: a folder, or the name of a file to make there: pages beyond host_bytes lie in that file, the oldest tokens of a sequence first,
@@ -36,13 +41,15 @@ class KVCache:
         prefix_cache: keep full pages of prompts when their sequences go, and find them again for prompts that begin alike. Results are the same to
             the bit. Such pages count as free and are given up when others need them, longest unused first.
 
+    Attributes: dtype is the type that most layers have, layer_dtypes has that of each; choice is the CacheChoice made on `calibration`, or None.
+
     Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had, StorageError when the file can't be made.
     """
 
     def __init__(
         self,
         model,
-        dtype: str = "auto",
+        dtype: str | list | dict = "auto",
         page_size: int = 64,
         max_tokens: int | None = None,
         write_buffer: bool = True,
@@ -50,14 +57,30 @@ class KVCache:
         spill_path: str | os.PathLike | None = None,
         prefix_cache: bool = False,
         turn_keys: bool = True,
+        *,
+        kv_scales: str = "block",
+        calibration=None,
+        tolerance: float = 0.001,
+        tokenizer=None,
     ):
         self.model = model
-        self.dtype = {"auto": model.dtype, "fp8": "fp8_e4m3"}.get(dtype, dtype)
-        if self.dtype not in DTYPES:
-            raise ArgumentError(f"dtype = {dtype!r}, expected 'auto' or one of {', '.join(DTYPES)}")
+        self.choice = None
+        if calibration is not None:
+            if dtype != "auto":
+                raise ArgumentError(f"calibration: dtype is {dtype!r}, expected 'auto': otherwise there is nothing to choose")
+            if kv_scales != "block":
+                raise ArgumentError(f"calibration: kv_scales is {kv_scales!r}, expected 'block': that is what is measured")
+            from .dtype_choice import choose_cache_dtype
+
+            self.choice = choose_cache_dtype(model, calibration, tolerance, tokenizer=tokenizer, write_buffer=write_buffer)
+            dtype = self.choice.dtypes
+        self.layer_dtypes = layer_types(dtype, model.config.num_hidden_layers, model.dtype)
+        self.dtype = max(self.layer_dtypes, key=self.layer_dtypes.count)
         if max_tokens is None:
-            max_tokens = _default_tokens(model.config, 1 if self.dtype in SCALED else 4 if self.dtype == "float32" else 2)
-        self.write_buffer = write_buffer and self.dtype in SCALED
+            max_tokens = _default_tokens(model.config, self.layer_dtypes)
+        self.kv_scales = kv_scales
+        scales = checkpoint_scales(model, self.layer_dtypes, kv_scales)
+        self.write_buffer = write_buffer and any(name in SCALED for name in self.layer_dtypes)
         if host_bytes is None and spill_path is not None:
             host_bytes = _limits.memory_bytes() // 2
         if host_bytes is not None and (isinstance(host_bytes, bool) or not isinstance(host_bytes, int | np.integer) or host_bytes < 1):
@@ -65,10 +88,22 @@ class KVCache:
         path = os.fspath(spill_path) if spill_path is not None else None
         self.host_bytes, self.spill_path = host_bytes, spill_path
         self.prefix_cache = bool(prefix_cache)
-        self.turn_keys = bool(turn_keys) and self.dtype in SCALED
+        self.turn_keys = bool(turn_keys) and any(name in SCALED for name in self.layer_dtypes) and scales is None
         self._skipped = {"padding": 0, "duplicate": 0}
         self._core = _core.KVCache(
-            model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache, self.turn_keys
+            *(
+                model._core,
+                self.dtype,
+                page_size,
+                max_tokens,
+                self.write_buffer,
+                int(host_bytes or 0),
+                path,
+                self.prefix_cache,
+                self.turn_keys,
+            ),
+            layer_dtypes=list(self.layer_dtypes),
+            fixed_scales=scales,
         )
         self.page_size = page_size
         model._caches.add(self)
@@ -117,7 +152,7 @@ class KVCache:
         except ArgumentError:
             return "KVCache(closed)"
         return (
-            f"KVCache({self.dtype}, {s['tokens_held']} tokens in {_sequences(s)}, "
+            f"KVCache({types_text(self.layer_dtypes)}, {s['tokens_held']} tokens in {_sequences(s)}, "
             f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory"
             f"{self._away(s)})"
         )
@@ -131,7 +166,7 @@ class KVCache:
         s = self.stats()
         used = s["pages_total"] - s["pages_free"]
         rows = {
-            "element type": self.dtype,
+            "element type": types_text(self.layer_dtypes),
             "tokens held": f"{s['tokens_held']} in {_sequences(s)}",
             "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
             "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
@@ -210,6 +245,25 @@ def _sequences(stats: dict) -> str:
     return "1 sequence" if stats["sequences"] == 1 else f"{stats['sequences']} sequences"
 
 
-def _default_tokens(config, element_bytes: int) -> int:
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element_bytes
+def checkpoint_scales(model, types, kv_scales: str) -> np.ndarray | None:
+    """float32 [layers, k|v, kv heads] for the core, or None: scales come from the data. ArgumentError when a layer that needs them has none."""
+    if kv_scales not in ("block", "checkpoint"):
+        raise ArgumentError(f"kv_scales = {kv_scales!r}, expected 'block' or 'checkpoint'")
+    if kv_scales == "block":
+        return None
+    coded = [i for i, name in enumerate(types) if name in SCALED]
+    wrong = next((i for i in coded if types[i] != "fp8_e4m3"), None)
+    if wrong is not None or not coded:
+        found = types[wrong] if coded else types[0]
+        raise ArgumentError(f"kv_scales = 'checkpoint' is for layers of fp8_e4m3, which such scales are made for; found {found}")
+    if model.cache_scales is None:
+        raise ArgumentError(f"kv_scales = 'checkpoint': the files of {model.name!r} have no k_scale and v_scale")
+    bare = next((i for i in coded if np.isnan(model.cache_scales[i]).any()), None)
+    if bare is not None:
+        raise ArgumentError(f"kv_scales = 'checkpoint': layer {bare} has no k_scale and v_scale in the files of {model.name!r}")
+    return np.where(np.isnan(model.cache_scales), np.float32(1), model.cache_scales)  # the other layers' are not used
+
+
+def _default_tokens(config, types) -> int:
+    per_token = 2 * config.num_key_value_heads * config.head_dim * sum(BYTES[name] for name in types)
     return max(1, min(64 * config.max_positions, _limits.memory_bytes() // 2 // per_token))

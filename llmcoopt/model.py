@@ -10,6 +10,7 @@ from . import _core, _limits, loaders
 from ._arrays import as_ids, bytes_text, html_table
 from .cache import KVCache, Sequence, of_model
 from .errors import ArgumentError, ForkError, UnsupportedError
+from .taps import Tap
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
 CHUNK = 512  # prompt tokens computed at once; Ctrl-C is heard between chunks
@@ -19,7 +20,8 @@ class Model:
     """A language model on the CPU. Make one with `Model.from_pretrained`.
 
     Attributes: config (ModelConfig), dtype (of the weight matrices), name, path, isa (instruction set in use), threads, num_parameters,
-    weight_bytes. Use it as a context manager, or call close(), to stop its threads and release the mapped files.
+    weight_bytes, cache_scales (float32 [layers, k|v, kv heads] of the checkpoint, or None; see KVCache's kv_scales). Use it as a context
+    manager, or call close(), to stop its threads and release the mapped files.
     """
 
     def __init__(self, checkpoint, threads: int = 0, isa: str | None = None):
@@ -28,6 +30,7 @@ class Model:
         self.format = checkpoint.format
         self.tokenizer_source = checkpoint.tokenizer_source
         self.generation_config = checkpoint.generation_config
+        self.cache_scales = checkpoint.cache_scales
         tensors = list(checkpoint.tensors.values())
         self._core = _core.Model(
             self.config.to_core(), [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors], threads or _limits.cpus(), isa
@@ -76,22 +79,25 @@ class Model:
     def name(self) -> str:
         return self.path.stem if self.path.suffix == ".gguf" else self.path.name
 
-    def forward(self, ids, sequence: Sequence | None = None, last_only: bool = False) -> np.ndarray:
+    def forward(self, ids, sequence: Sequence | None = None, last_only: bool = False, tap: Tap | None = None) -> np.ndarray:
         """Computes `ids` after what `sequence` holds, appends them to it, and returns logits.
 
         Args:
             ids: token ids, n of them.
             sequence: where keys and values go; None: a temporary one.
             last_only: only the logits after the last id.
+            tap: a Tap, which is shown activations on their way.
 
         Returns float32 [n, vocab_size], or [vocab_size] when last_only. Prompts are computed in chunks of 512; on an error or Ctrl-C the
         sequence is as it was before the call. Raises ArgumentError (empty, out of range, longer than the context), OutOfPagesError,
         NumericError when a logit is NaN.
         """
         ids = as_ids(ids, self.config.vocab_size)
+        if not isinstance(tap, Tap | None):
+            raise ArgumentError(f"tap: found {type(tap).__name__}, expected a Tap")
         if sequence is None:
             with KVCache(self, max_tokens=len(ids)) as cache:
-                return self.forward(ids, cache.sequence(), last_only)
+                return self.forward(ids, cache.sequence(), last_only, tap)
         sequence = of_model(sequence, Sequence, self, "sequence")
         start, n, vocab = len(sequence), len(ids), self.config.vocab_size
         if start + n > self.config.max_positions:
@@ -100,11 +106,21 @@ class Model:
         sequence._core.hold(n)
         try:
             chunk = min(CHUNK, sequence.cache._core.step_tokens())
-            found = sequence._core.adopt(ids) if last_only and start == 0 and n > 1 else 0
+            if tap is not None:
+                chunk = tap.chunk(self.config, chunk)
+            # A tap wants to see all tokens, also those that the prefix index would find.
+            found = sequence._core.adopt(ids) if last_only and start == 0 and n > 1 and tap is None else 0
             for at in range(found, n, chunk):
                 part = ids[at : at + chunk]
                 out = logits[at : at + chunk] if not last_only else logits if at + chunk >= n else None
-                self._core.forward(sequence._core, part, out, last_only, rope_length=start + n, prompt=n > 1)
+                how = {"rope_length": start + n, "prompt": n > 1}
+                if tap is None:
+                    self._core.forward(sequence._core, part, out, last_only, **how)
+                else:
+                    seen = tap.arrays(self.config, len(part))
+                    self._core.forward(sequence._core, part, out, last_only, **how, taps=seen)
+                    for place in seen:
+                        tap.look(*place)
         except BaseException:
             sequence.truncate(start)
             raise
@@ -159,6 +175,7 @@ class Model:
             "rope": c.rope.kind,
             "tied_embeddings": c.tie_word_embeddings,
             "cache_bytes_per_token": 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (4 if self.dtype == "float32" else 2),
+            "cache_scales": _scales_text(self.cache_scales),
             "isa": self.isa_detail,
             "threads": self.threads,
         }
@@ -175,6 +192,14 @@ class Model:
         facts = self.facts()
         facts["weight_bytes"] = bytes_text(facts["weight_bytes"])
         return html_table(f"Model {self.name}", facts)
+
+
+def _scales_text(scales) -> str | None:
+    """Of a checkpoint's k_scale and v_scale, for people."""
+    if scales is None:
+        return None
+    found = scales[~np.isnan(scales).any(axis=(1, 2))]
+    return f"{len(found)} of {len(scales)} layers, {found.min():.4g} to {found.max():.4g}"
 
 
 def _drain(items: weakref.WeakSet):

@@ -26,14 +26,17 @@ INCLUDES = {
 # Python modules from low to high: a module imports modules of lower rank only (or of its own package).
 RANKS = [
     ["errors", "_version", "_core"],
-    ["_arrays", "_limits", "config", "reference"],
+    ["_arrays", "_limits", "config", "reference", "taps"],
     ["loaders"],
     ["text"],
     ["chat", "streaming"],
     ["tokenizer"],
+    ["layer_types"],
     ["cache"],
     ["generation"],
     ["model"],
+    ["damage"],
+    ["dtype_choice"],
     ["chat_session"],
     ["demo"],
     ["cli"],

@@ -13,7 +13,10 @@
  * lose nothing by it (their precision is relative), decoded values are exact in bfloat16, and encoding decoded values again gives the same
  * values (the same codes under the same scale). int8
  * is uniform, so its scale is the largest magnitude / 127. A block that holds a NaN or an infinity gets a NaN as its scale: whoever reads it
- * learns that. */
+ * learns that.
+ *
+ * A fixed scale, as checkpoints bring them for fp8_e4m3 (any number, found by calibration), takes the place of the block's own unless that is NaN:
+ * magnitudes beyond 448 times the scale saturate. The code is that of value * (1 / scale), each rounded to float32. */
 #ifndef LCO_BASE_CODES_H
 #define LCO_BASE_CODES_H
 

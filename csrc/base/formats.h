@@ -55,6 +55,7 @@ struct lco_kv_view {
     int32_t page_size; /* tokens, 16..512, a multiple of 16 */
     int32_t n_kv_heads, head_dim;
     bool turned;               /* keys and queries are turned by base/hadamard.h */
+    const float *fixed_scales; /* [k|v][kv_head] that all blocks have (base/codes.h); NULL: scales come from the data */
     bool buffered;             /* the block being filled is in the tail, not in the page (scaled types only) */
     const lco_kv_store *store; /* NULL: all pages are in memory */
 };

@@ -10,6 +10,7 @@ typedef struct lco_prefix lco_prefix; /* prefix.h */
 struct lco_kv {
     lco_kv_options options;
     lco_kv_view *views;            /* [n_layers] */
+    float *fixed_scales;           /* the views' */
     size_t page_bytes, tail_bytes; /* tail: of a sequence, all buffered layers; 0 without a write buffer */
     bool scaled;                   /* some layer has one-byte codes */
     int64_t n_pages;

@@ -29,6 +29,7 @@ typedef struct {
     int32_t n_layers, n_kv_heads, head_dim;
     lco_dtype dtype;
     const lco_dtype *layer_dtypes; /* [n_layers], read by lco_kv_create only; NULL: all are `dtype` */
+    const float *fixed_scales;     /* [n_layers][k|v][n_kv_heads], copied; of fp8_e4m3 layers (base/codes.h). NULL: scales from the data */
     int32_t page_size;
     bool turn_keys;     /* one-byte codes: keys and queries are turned before (base/hadamard.h) */
     bool write_buffer;  /* one-byte codes: keep the block being filled in 16 bit and quantise it once */

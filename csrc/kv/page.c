@@ -33,14 +33,19 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
 {
     const lco_kv_options *o = &kv->options;
     kv->views = lco_calloc((size_t)o->n_layers, sizeof *kv->views);
-    if (kv->views == NULL)
+    const size_t heads = (size_t)2 * (size_t)o->n_kv_heads, bytes = (size_t)o->n_layers * heads * sizeof(float);
+    if (o->fixed_scales != NULL && (kv->fixed_scales = lco_alloc(bytes)) != NULL)
+        memcpy(kv->fixed_scales, o->fixed_scales, bytes);
+    if (kv->views == NULL || (o->fixed_scales != NULL && kv->fixed_scales == NULL))
         return lco_fail(err, LCO_ENOMEM, "out of memory for a cache of %d layers", o->n_layers);
     for (int32_t i = 0; i < o->n_layers; i++) {
         lco_kv_view *view = &kv->views[i];
         *view = (lco_kv_view){.dtype = o->layer_dtypes != NULL ? o->layer_dtypes[i] : o->dtype, .page_size = o->page_size};
         view->n_kv_heads = o->n_kv_heads;
         view->head_dim = o->head_dim;
-        view->turned = o->turn_keys && lco_dtype_scaled(view->dtype);
+        if (kv->fixed_scales != NULL && view->dtype == LCO_F8_E4M3)
+            view->fixed_scales = kv->fixed_scales + (size_t)i * heads;
+        view->turned = o->turn_keys && lco_dtype_scaled(view->dtype) && view->fixed_scales == NULL; /* those are of keys as they are */
         view->buffered = o->write_buffer && lco_dtype_scaled(view->dtype);
         view->slice_offset = kv->page_bytes;
         view->tail_offset = kv->tail_bytes;
@@ -59,6 +64,7 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
     if (o->write_buffer && !kv->scaled)
         return lco_fail(err, LCO_EINVAL, "a write buffer is for one-byte codes: 16-bit and float32 caches are written once as it is");
     kv->options.layer_dtypes = NULL;
+    kv->options.fixed_scales = NULL;
     return LCO_OK;
 }
 
@@ -70,6 +76,7 @@ static void release(lco_kv *kv)
         munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
     lco_free(kv->free_stack);
     lco_free(kv->refs);
+    lco_free(kv->fixed_scales);
     lco_free(kv->views);
     lco_free(kv);
 }

@@ -154,7 +154,7 @@ static void keep_rows(float *buffer, int64_t width, const int64_t *rows, int64_t
             memcpy(buffer + i * width, buffer + rows[i] * width, (size_t)width * sizeof(float));
 }
 
-/* Nothing after the last attention needs the rows whose logits nobody asked for. */
+/* Nothing after the last attention needs the rows whose logits nobody asked for, unless a tap wants to see them. */
 static void drop_rows(step *s)
 {
     const lco_batch *batch = s->batch;
@@ -162,12 +162,50 @@ static void drop_rows(step *s)
     if (batch->logit_rows == NULL)
         return;
     keep_rows(s->b.x, c->hidden_size, batch->logit_rows, batch->n_logits);
+    keep_rows(s->b.normed, c->hidden_size, batch->logit_rows, batch->n_logits);
     keep_rows(s->b.attended, (int64_t)c->n_heads * c->head_dim, batch->logit_rows, batch->n_logits);
     int64_t prompts = 0;
     while (prompts < batch->n_logits && batch->logit_rows[prompts] < s->m_prompt)
         prompts++;
     s->m = batch->n_logits;
     s->m_prompt = prompts;
+}
+
+int64_t lco_tap_width(const lco_model_config *c, lco_tap_point point)
+{
+    switch (point) {
+    case LCO_TAP_Q:
+    case LCO_TAP_ATTENDED:
+        return (int64_t)c->n_heads * c->head_dim;
+    case LCO_TAP_K:
+    case LCO_TAP_V:
+        return (int64_t)c->n_kv_heads * c->head_dim;
+    case LCO_TAP_DOWN_INPUT:
+        return c->intermediate_size;
+    default:
+        return c->hidden_size;
+    }
+}
+
+static void see(const step *s, lco_tap_point point, int64_t layer, const float *rows)
+{
+    const lco_tap *tap = s->batch->tap;
+    if (tap != NULL && s->status == LCO_OK)
+        tap->see(tap->ctx, point, layer, rows, s->m * lco_tap_width(&s->model->config, point));
+}
+
+/* mlp() in the steps that it is made of, to the bit, so that a tap can look between them. */
+static void seen_mlp(step *s, const lco_layer *layer, int64_t index)
+{
+    const lco_model_config *c = &s->model->config;
+    const lco_linear_part none = {0};
+    lco_swiglu_args args = {.out = s->b.gate, .gate = s->b.gate, .up = s->b.up, .m = s->m, .n = c->intermediate_size};
+    args.exec = &s->model->exec;
+    linear(s, s->b.normed, c->hidden_size, false, 2, part(s->b.gate, &layer->gate), part(s->b.up, &layer->up), none);
+    if (s->status == LCO_OK)
+        s->status = s->model->ops->swiglu(&args);
+    see(s, LCO_TAP_DOWN_INPUT, index, s->b.gate);
+    linear(s, s->b.gate, c->intermediate_size, true, 1, part(s->b.x, &layer->down), none, none);
 }
 
 static void layer_forward(step *s, int64_t index)
@@ -178,19 +216,28 @@ static void layer_forward(step *s, int64_t index)
     buffers *b = &s->b;
 
     norm(s, b->normed, b->x, layer->attention_norm, s->m, c->hidden_size);
+    see(s, LCO_TAP_ATTENTION_INPUT, index, b->normed);
     linear(s, b->normed, c->hidden_size, false, 3, part(b->q, &layer->q), part(b->k, &layer->k), part(b->v, &layer->v));
     if (c->qk_norm) {
         norm(s, b->q, b->q, layer->q_norm, s->m * c->n_heads, c->head_dim);
         norm(s, b->k, b->k, layer->k_norm, s->m * c->n_kv_heads, c->head_dim);
     }
     rope_append(s, index);
+    see(s, LCO_TAP_Q, index, b->q);
+    see(s, LCO_TAP_K, index, b->k);
+    see(s, LCO_TAP_V, index, b->v);
     attention(s, index);
-    if (index == c->n_layers - 1)
+    see(s, LCO_TAP_ATTENDED, index, b->attended);
+    if (index == c->n_layers - 1 && s->batch->tap == NULL)
         drop_rows(s);
     linear(s, b->attended, layer->o.k, true, 1, part(b->x, &layer->o), none, none);
 
     norm(s, b->normed, b->x, layer->ffn_norm, s->m, c->hidden_size);
-    mlp(s, layer);
+    see(s, LCO_TAP_MLP_INPUT, index, b->normed);
+    if (s->batch->tap == NULL)
+        mlp(s, layer);
+    else
+        seen_mlp(s, layer, index);
 }
 
 static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, float *logits, lco_error *err)
@@ -215,6 +262,10 @@ static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, 
     for (int64_t i = 0; i < c->n_layers; i++)
         layer_forward(&s, i);
     norm(&s, s.b.normed, s.b.x, model->final_norm, s.m, c->hidden_size);
+    if (batch->tap != NULL) {
+        see(&s, LCO_TAP_HIDDEN, c->n_layers, s.b.normed);
+        drop_rows(&s);
+    }
     linear(&s, s.b.normed, c->hidden_size, false, 1, part(logits, &model->head), none, none);
     if (s.status != LCO_OK)
         return lco_fail(err, s.status, "out of memory for the scratch of a step of %lld tokens; use a smaller chunk",

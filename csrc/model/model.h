@@ -58,6 +58,26 @@ const lco_ops *lco_model_ops(const lco_model *model);
 int lco_model_threads(const lco_model *model);
 size_t lco_model_scratch_bytes(const lco_model *model);
 
+/* Where a tap sees activations: float32 rows of a layer, in the order of computation. */
+typedef enum {
+    LCO_TAP_ATTENTION_INPUT = 0, /* what q, k and v are computed from, [hidden] */
+    LCO_TAP_Q,                   /* after rope, [n_heads * head_dim] */
+    LCO_TAP_K,                   /* after rope, as it goes to the cache, before any rounding, [n_kv_heads * head_dim] */
+    LCO_TAP_V,
+    LCO_TAP_ATTENDED,   /* what attention gives and o is computed from, [n_heads * head_dim] */
+    LCO_TAP_MLP_INPUT,  /* what gate and up are computed from, [hidden] */
+    LCO_TAP_DOWN_INPUT, /* silu(gate) * up, [intermediate] */
+    LCO_TAP_HIDDEN,     /* what the logits are computed from, after the last layer; its layer is n_layers. [hidden] */
+    LCO_TAP_POINTS,
+} lco_tap_point;
+
+int64_t lco_tap_width(const lco_model_config *config, lco_tap_point point);
+
+typedef struct {
+    void (*see)(void *ctx, lco_tap_point point, int64_t layer, const float *rows, int64_t n_floats); /* all rows of the batch */
+    void *ctx;
+} lco_tap;
+
 /* A ragged batch: prompt items first, then decode items; rows in item order. Checked by lco_batch_check, trusted below. */
 typedef struct {
     const int32_t *ids; /* [n_rows] */
@@ -65,6 +85,7 @@ typedef struct {
     int64_t n_items, n_rows;
     const int64_t *logit_rows; /* rows whose logits are asked, ascending; NULL with n_logits == n_rows: all */
     int64_t n_logits;
+    const lco_tap *tap; /* NULL: nobody looks */
 } lco_batch;
 
 /* Whether equal beginnings of prompts have equal keys: not where the rotation depends on how long the whole prompt is. */

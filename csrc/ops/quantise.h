@@ -21,6 +21,13 @@ static void round_row(const lco_rope_append_args *a, const lco_item *item, int64
         to[j] = lco_f32_to_bf16(from[j]);
 }
 
+/* The scale of a block of a head whose largest magnitude is this (base/codes.h). */
+static float scale_for(const lco_kv_view *kv, int64_t which, int64_t head, float largest)
+{
+    return kv->fixed_scales != NULL && largest < INFINITY ? kv->fixed_scales[which * kv->n_kv_heads + head]
+                                                          : lco_block_scale(largest, kv->dtype);
+}
+
 /* One head's keys or values in block `block` (counted from position 0) of an item in a buffered cache. */
 static void fill_block(const lco_rope_append_args *a, const lco_item *item, int64_t block, int64_t which, int64_t head)
 {
@@ -34,8 +41,9 @@ static void fill_block(const lco_rope_append_args *a, const lco_item *item, int6
         round_row(a, item, t - item->pos, which, head, rows + (t - start) * d);
     if (to == stop) {
         const int64_t page = item->table[start / kv->page_size], in_page = start % kv->page_size / LCO_KV_BLOCK;
-        lco_encode_block(lco_kv_codes(kv, page, which, head) + in_page * LCO_KV_BLOCK * d, lco_kv_scales(kv, page, which, head) + in_page,
-                         rows, LCO_KV_BLOCK * d, kv->dtype);
+        float *scale = lco_kv_scales(kv, page, which, head) + in_page;
+        *scale = scale_for(kv, which, head, lco_largest_bf16(rows, LCO_KV_BLOCK * d));
+        lco_encode_run(lco_kv_codes(kv, page, which, head) + in_page * LCO_KV_BLOCK * d, rows, LCO_KV_BLOCK * d, *scale, kv->dtype);
     } else if (item->prompt) {
         uint8_t *tail = block == first_block ? item->tail : item->next_tail;
         memcpy(lco_tail_rows(kv, tail + kv->tail_offset, which, head) + (from - start) * d, rows + (from - start) * d,
@@ -53,7 +61,7 @@ static void widen_block(const lco_rope_append_args *a, const lco_item *item, int
     float *scale = lco_kv_scales(kv, page, which, head) + in_page;
     for (int64_t t = start > item->pos ? start : item->pos; t < start + LCO_KV_BLOCK && t < end; t++) {
         round_row(a, item, t - item->pos, which, head, row);
-        const float own = lco_block_scale(lco_largest_bf16(row, d), kv->dtype);
+        const float own = scale_for(kv, which, head, lco_largest_bf16(row, d));
         if (t == start) {
             *scale = own;
         } else if (!(own <= *scale) && !isnan(*scale)) { /* a NaN stays */

@@ -32,18 +32,64 @@ static void free_object(PyObject *self)
 
 /* ---- KVCache ---- */
 
+/* The element type of each layer from a list of names; NULL with an exception. The caller frees it. */
+static lco_dtype *read_layer_dtypes(core_state *state, PyObject *list, int32_t n_layers)
+{
+    if (!PyList_Check(list) || PyList_Size(list) != n_layers) {
+        PyErr_Format(state->errors[LCO_EINVAL], "layer_dtypes: expected a list of %d names, one a layer", n_layers);
+        return NULL;
+    }
+    lco_dtype *types = PyMem_Calloc((size_t)n_layers, sizeof *types);
+    if (types == NULL)
+        PyErr_NoMemory();
+    for (int32_t i = 0; i < n_layers && types != NULL; i++) {
+        PyObject *item = PyList_GetItem(list, i);
+        const char *name = PyUnicode_Check(item) ? PyUnicode_AsUTF8AndSize(item, NULL) : "";
+        if (name != NULL && lco_py_dtype(name, &types[i]))
+            continue;
+        if (name != NULL)
+            PyErr_Format(state->errors[LCO_EINVAL], "layer_dtypes: layer %d has %R, expected " LCO_PY_DTYPES, i, item);
+        PyMem_Free(types);
+        types = NULL;
+    }
+    return types;
+}
+
+/* float32 scales of all layers, K or V and kv heads: positive, and with a reciprocal. */
+static int take_fixed_scales(const model_object *model, PyObject *object, Py_buffer *view)
+{
+    core_state *state = lco_py_state((PyObject *)model);
+    const Py_ssize_t n = (Py_ssize_t)2 * model->n_layers * model->n_kv_heads;
+    if (PyObject_GetBuffer(object, view, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) != 0)
+        return -1;
+    const float *values = view->buf;
+    Py_ssize_t bad = 0;
+    if (view->format == NULL || strcmp(view->format, "f") != 0 || view->len != n * (Py_ssize_t)sizeof(float)) {
+        PyErr_Format(state->errors[LCO_EINVAL], "fixed_scales: %zd bytes, expected %zd float32: [layers, k|v, kv heads]", view->len, n);
+    } else {
+        while (bad < n && values[bad] >= 0x1p-126f && values[bad] <= 0x1p126f)
+            bad++;
+        if (bad == n)
+            return 0;
+        PyErr_Format(state->errors[LCO_EINVAL], "fixed_scales: number %zd is not a scale (positive, finite, and with a reciprocal)", bad);
+    }
+    PyBuffer_Release(view);
+    return -1;
+}
+
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model",      "dtype",      "page_size",    "max_tokens", "write_buffer",
-                            "host_bytes", "spill_path", "prefix_index", "turn_keys",  NULL};
+    static char *names[] = {"model",      "dtype",        "page_size", "max_tokens",   "write_buffer", "host_bytes",
+                            "spill_path", "prefix_index", "turn_keys", "layer_dtypes", "fixed_scales", NULL};
     core_state *state = PyType_GetModuleState(type);
-    PyObject *model;
+    PyObject *model, *layer_dtypes = Py_None, *fixed_scales = Py_None;
+    Py_buffer scales = {0};
     const char *dtype;
     int page_size, write_buffer, prefix_index = 0, turn_keys = 1;
     long long max_tokens, host_bytes = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lzpp", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &turn_keys))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzppOO", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &turn_keys, &layer_dtypes, &fixed_scales))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -66,12 +112,25 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     lco_kv *kv;
     Py_INCREF(model);
     self->model = (model_object *)model;
-    if (lco_owner_check(owner->owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
-        lco_kv_create(&options, &kv, &err) == LCO_OK) {
-        self->kv = kv;
-        return (PyObject *)self;
+    lco_dtype *types = NULL;
+    if ((layer_dtypes != Py_None && (types = read_layer_dtypes(state, layer_dtypes, owner->n_layers)) == NULL) ||
+        (fixed_scales != Py_None && take_fixed_scales(owner, fixed_scales, &scales) != 0)) {
+        PyMem_Free(types);
+        Py_DECREF(self);
+        return NULL;
     }
-    lco_py_raise((PyObject *)self, &err);
+    options.layer_dtypes = types;
+    options.fixed_scales = scales.buf;
+    if (lco_owner_check(owner->owner, &err) == LCO_OK && lco_py_model_nogil(self->model, &err) != NULL &&
+        lco_kv_create(&options, &kv, &err) == LCO_OK)
+        self->kv = kv;
+    else
+        lco_py_raise((PyObject *)self, &err);
+    PyMem_Free(types);
+    if (scales.obj != NULL)
+        PyBuffer_Release(&scales);
+    if (self->kv != NULL)
+        return (PyObject *)self;
     Py_DECREF(self);
     return NULL;
 }
@@ -222,9 +281,7 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
     {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, "
-                "turn_keys=True)\n--\n\nA "
-                "paged key/value cache "
-                "shaped for a model."},
+                "turn_keys=True, layer_dtypes=None, fixed_scales=None)\n--\n\nA paged key/value cache shaped for a model."},
     {0, NULL},
 };
 

@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "module.h"
+#include "py_taps.h"
 
 static const char *const ROPE_NAMES[] = {"default", "linear", "dynamic", "yarn", "llama3", "longrope"};
 
@@ -287,7 +288,8 @@ typedef struct {
     const int32_t *ids;
     int64_t n, rope_length;
     bool prompt, last_only;
-    float *logits; /* NULL: none asked */
+    float *logits;        /* NULL: none asked */
+    const lco_taps *taps; /* NULL: nobody looks */
 } forward_call;
 
 static lco_status nan_check(const float *logits, int64_t rows, int64_t vocab, int64_t first, lco_error *err)
@@ -322,7 +324,11 @@ static lco_status forward_nogil(lco_model *model, lco_kv *kv, lco_seq *seq, cons
     } else {
         batch.n_logits = call->n;
     }
+    const lco_tap tap = {.see = lco_taps_see, .ctx = (void *)call->taps};
+    batch.tap = call->taps != NULL ? &tap : NULL;
     status = lco_batch_check(model, kv, &batch, err);
+    if (status == LCO_OK && call->taps != NULL)
+        status = lco_taps_check(call->taps, lco_model_get_config(model), call->n, err);
     if (status == LCO_OK)
         status = lco_llama_forward(model, kv, &batch, call->logits, err);
     if (status == LCO_OK)
@@ -353,13 +359,13 @@ static int get_logits(model_object *self, PyObject *out, const forward_call *cal
 
 static PyObject *model_forward(model_object *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"sequence", "ids", "logits", "last_only", "rope_length", "prompt", NULL};
-    PyObject *sequence, *ids_object, *out = Py_None;
+    static char *names[] = {"sequence", "ids", "logits", "last_only", "rope_length", "prompt", "taps", NULL};
+    PyObject *sequence, *ids_object, *out = Py_None, *taps_object = NULL;
     int last_only = 0, prompt = 1;
     long long rope_length = 0;
     core_state *state = lco_py_state((PyObject *)self);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OpLp", names, state->sequence_type, &sequence, &ids_object, &out, &last_only,
-                                     &rope_length, &prompt))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|OpLpO!", names, state->sequence_type, &sequence, &ids_object, &out, &last_only,
+                                     &rope_length, &prompt, &PyList_Type, &taps_object))
         return NULL;
     sequence_object *seq = (sequence_object *)sequence;
     if (seq->cache->model != self || seq->busy) {
@@ -371,11 +377,14 @@ static PyObject *model_forward(model_object *self, PyObject *args, PyObject *kwa
     if (lco_py_get_ids((PyObject *)self, ids_object, "ids", &ids) != 0)
         return NULL;
     forward_call call = {.ids = ids.buf, .n = ids.len / 4, .rope_length = rope_length, .prompt = prompt, .last_only = last_only};
-    if (out != Py_None && get_logits(self, out, &call, &logits) != 0) {
-        PyBuffer_Release(&ids);
-        return NULL;
-    }
+    PyObject *result = NULL;
+    lco_taps taps = {0};
+    if (out != Py_None && get_logits(self, out, &call, &logits) != 0)
+        goto done;
     call.logits = logits.buf;
+    if (taps_object != NULL && lco_taps_take((PyObject *)self, taps_object, &taps) != 0)
+        goto done;
+    call.taps = taps_object != NULL ? &taps : NULL;
     lco_error err;
     lco_status status;
     lco_model *model;
@@ -384,12 +393,13 @@ static PyObject *model_forward(model_object *self, PyObject *args, PyObject *kwa
     LOCKED(self, (model = lco_py_model_nogil(self, &err)) && (native = lco_py_sequence_nogil(seq, &err)),
            status = forward_nogil(model, lco_seq_cache(native), native, &call, &err));
     seq->busy--;
-    if (out != Py_None)
+    result = status == LCO_OK ? Py_NewRef(Py_None) : lco_py_raise((PyObject *)self, &err);
+done:
+    lco_taps_release(&taps);
+    if (logits.obj != NULL)
         PyBuffer_Release(&logits);
     PyBuffer_Release(&ids);
-    if (status != LCO_OK)
-        return lco_py_raise((PyObject *)self, &err);
-    Py_RETURN_NONE;
+    return result;
 }
 
 static PyObject *model_info(model_object *self, PyObject *Py_UNUSED(arg))
@@ -410,8 +420,9 @@ static PyObject *model_info(model_object *self, PyObject *Py_UNUSED(arg))
 
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS,
-     "forward(sequence, ids, logits=None, last_only=False, rope_length=0, prompt=True)\n--\n\n"
-     "Compute int32 ids after what the sequence holds, append them, and write float32 logits [n, vocab] (or [vocab] when last_only)."},
+     "forward(sequence, ids, logits=None, last_only=False, rope_length=0, prompt=True, taps=[])\n--\n\n"
+     "Compute int32 ids after what the sequence holds, append them, and write float32 logits [n, vocab] (or [vocab] when last_only).\n"
+     "taps: a list of (point, layer, float32 array [n, width]) that activations are copied into."},
     {"info", (PyCFunction)(void (*)(void))model_info, METH_NOARGS, "info()\n--\n\nInstruction set, threads and scratch bytes."},
     {"close", (PyCFunction)(void (*)(void))model_close, METH_NOARGS, "close()\n--\n\nStop the threads and release the weights."},
     {NULL, NULL, 0, NULL},

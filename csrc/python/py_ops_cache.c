@@ -117,10 +117,11 @@ static bool take_items(bag *b, cache_call *c, PyObject *items, int64_t m)
 }
 
 const char lco_py_rope_append_doc[] =
-    "rope_append(q, k, v, cos, sin, cache, dtype, page_size, n_layers, layer, items, turned=False)\n--\n\n"
+    "rope_append(q, k, v, cos, sin, cache, dtype, page_size, n_layers, layer, items, scales=None, turned=False)\n--\n\n"
     "Rotates q[m, heads, d] and k[m, kv_heads, d] in place by cos and sin [m, d/2] and writes k and v to the cache. Rows may be strided\n"
     "(k and v alike). cache: uint8 pages of base/formats.h; dtype: element type of the cache; items: a list of\n"
     "(table int32, row, len, pos, prompt), for a cache with a write buffer (..., tail, next_tail, own), uint8 as in ops.h.\n"
+    "scales: float32 [k|v, kv_heads] that all blocks of one-byte codes have; None: each its own.\n"
     "turned: q and k are turned by a Walsh-Hadamard matrix (base/hadamard.h).";
 
 PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
@@ -128,16 +129,16 @@ PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
     OpContext *self = (OpContext *)object;
     PyThreadState *state;
     PyObject *result = NULL;
-    static const char *const names[] = {"q",         "k",        "v",     "cos",   "sin",    "cache", "dtype",
-                                        "page_size", "n_layers", "layer", "items", "turned", NULL};
-    PyObject *q_o, *k_o, *v_o, *cos_o, *sin_o, *cache_o, *items_o;
+    static const char *const names[] = {"q",         "k",        "v",     "cos",   "sin",    "cache",  "dtype",
+                                        "page_size", "n_layers", "layer", "items", "scales", "turned", NULL};
+    PyObject *q_o, *k_o, *v_o, *cos_o, *sin_o, *cache_o, *items_o, *scales_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, turned = 0;
     long long layer;
     bag b = {.n = 0};
-    const Py_buffer *q, *k, *v, *cos, *sin;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiLO!|p:rope_append", (char **)names, &q_o, &k_o, &v_o, &cos_o, &sin_o, &cache_o,
-                                     &dtype_name, &page_size, &n_layers, &layer, &PyList_Type, &items_o, &turned))
+    const Py_buffer *q, *k, *v, *cos, *sin, *scales;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiLO!|Op:rope_append", (char **)names, &q_o, &k_o, &v_o, &cos_o, &sin_o, &cache_o,
+                                     &dtype_name, &page_size, &n_layers, &layer, &PyList_Type, &items_o, &scales_o, &turned))
         return NULL;
     cache_call *c = PyMem_Calloc(1, sizeof *c);
     if (c == NULL)
@@ -155,6 +156,12 @@ PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
         !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer) || !take_items(&b, c, items_o, m))
         goto done;
     c->kv.turned = turned;
+    if (scales_o != Py_None) {
+        if ((scales = take(&b, scales_o, "scales", "f", 2, READ)) == NULL || !check_axis(scales, "scales", 0, 2) ||
+            !check_axis(scales, "scales", 1, k->shape[1]) || !check_packed(scales, "scales"))
+            goto done;
+        c->kv.fixed_scales = scales->buf;
+    }
     lco_rope_append_args a = {.q = q->buf, .k = k->buf, .v = v->buf, .cos = cos->buf, .sin = sin->buf, .kv = &c->kv, .items = c->items};
     a.n_items = c->n_items;
     a.n_heads = q->shape[1];

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from .._limits import cpus
 from ..config import ModelConfig
 from .safetensors import Tensor
@@ -20,6 +22,7 @@ class LoadedCheckpoint:
     format: str  # "safetensors" or "gguf"
     tokenizer_source: Path  # the folder or .gguf file that the tokenizer is to be read from
     generation_config: dict = field(default_factory=dict)
+    cache_scales: np.ndarray | None = None  # float32 [layers, k|v, kv heads], NaN where the file has none; for fp8_e4m3 caches
     metadata: dict = field(default_factory=dict)  # of a GGUF file, as read_metadata gives it
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..config import parse_config
 from ..errors import FormatError, MissingFileError, UnsupportedError
+from .cache_scales import take_cache_scales
 from .checkpoint import LoadedCheckpoint
 from .safetensors import WEIGHT_DTYPES, Tensor, parse_json, read_safetensors
 
@@ -19,7 +20,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that old versions saved beside the weights; they follow from the config.
 NOT_WEIGHTS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point)$")
-CACHE_SCALES = re.compile(r"\.(k_scale|v_scale|kv_scale)$")
 
 
 def load_folder(path, tie_word_embeddings: bool | None = None) -> LoadedCheckpoint:
@@ -29,16 +29,23 @@ def load_folder(path, tie_word_embeddings: bool | None = None) -> LoadedCheckpoi
     path = Path(path)
     raw = read_json(path / "config.json") if os.path.exists(path / "config.json") else _no_config(path)
     quantisation = raw.get("quantization_config")
-    if quantisation:
+    if quantisation and not _of_cache_alone(quantisation):
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
         raise UnsupportedError(f"{path}/config.json: the weights are quantised ({method}); {_LOADABLE}")
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     config = parse_config(raw, generation, str(path / "config.json"))
-    tensors = _normalise(_read_weights(path))
+    found = _read_weights(path)
+    scales = take_cache_scales(found, config)
+    tensors = _normalise(found)
     _check_biases(config, tensors)
     config = _settle_head(path, config, tensors, tie_word_embeddings)
-    return LoadedCheckpoint(config, tensors, path, "safetensors", path, generation)
+    return LoadedCheckpoint(config, tensors, path, "safetensors", path, generation, scales)
+
+
+def _of_cache_alone(quantisation) -> bool:
+    """Whether a quantization_config speaks of the key/value cache and leaves the weights as they are."""
+    return isinstance(quantisation, dict) and bool(quantisation.get("kv_cache_scheme")) and not quantisation.get("config_groups", True)
 
 
 _LOADABLE = "16-bit and float32 safetensors load, and so do GGUF files (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)"
@@ -115,9 +122,6 @@ def _normalise(found: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for raw_name, tensor in found.items():
         if NOT_WEIGHTS.search(raw_name):
-            continue
-        if CACHE_SCALES.search(raw_name):
-            warnings.warn(f"{tensor.file}: tensor '{raw_name}' is ignored: scales of an 8-bit cache are not used")
             continue
         if QUANTISED.search(raw_name):
             raise UnsupportedError(f"{tensor.file}: tensor '{raw_name}' belongs to a quantised checkpoint; {_LOADABLE}")

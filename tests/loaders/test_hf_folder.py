@@ -114,9 +114,6 @@ def test_known_buffers_are_ignored(tmp_path):
     weights = checkpoints.make(tmp_path)
     rewrite(tmp_path, lambda arrays: {**arrays, "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)})
     same(load(tmp_path), weights)
-    rewrite(tmp_path, lambda arrays: {**arrays, "model.layers.0.self_attn.k_scale": np.ones(1, np.float32)})
-    with pytest.warns(UserWarning, match="k_scale"):
-        same(load(tmp_path), weights)
 
 
 def test_tied_head(tmp_path):
