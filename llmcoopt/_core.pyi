@@ -41,6 +41,8 @@ class KVCache:
         write_buffer: bool,
         host_bytes: int = 0,
         spill_path: str | None = None,
+        window: int = 0,
+        sinks: int = 0,
     ) -> None: ...
     def step_tokens(self) -> int:
         """The most tokens of one sequence that a step may append."""
@@ -136,6 +138,7 @@ class OpContext:
         items: _Sequence,
         scale: float,
         window: int = 0,
+        sinks: int = 0,
     ) -> None: ...
 
 def isas() -> list[str]:

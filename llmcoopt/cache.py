@@ -30,6 +30,10 @@ class KVCache:
         host_bytes: the most memory for pages. None: no bound but max_tokens; with spill_path half of this machine's memory.
         spill_path: a folder, or the name of a file to make there: pages beyond host_bytes lie in that file, the oldest tokens of a sequence first,
             and are read from there as attention needs them. Results are the same to the bit. The file goes with the cache.
+        attention_window: approximate: a token attends to the newest `attention_window` tokens (itself included) and to the first
+            `attention_sinks` of its sequence only; where a layer of the model has a shorter window of its own, that one holds. None: as the model
+            was trained. Pages that no token to come attends to are released.
+        attention_sinks: tokens at the beginning that stay visible; only with attention_window.
 
     Raises ArgumentError for a wrong option, OutOfMemoryError when the address space can't be had, StorageError when the file can't be made.
     """
@@ -43,6 +47,8 @@ class KVCache:
         write_buffer: bool = True,
         host_bytes: int | None = None,
         spill_path: str | os.PathLike | None = None,
+        attention_window: int | None = None,
+        attention_sinks: int = 0,
     ):
         self.model = model
         self.dtype = {"auto": model.dtype, "fp8": "fp8_e4m3"}.get(dtype, dtype)
@@ -57,7 +63,19 @@ class KVCache:
             raise ArgumentError(f"host_bytes = {host_bytes!r}, expected None or a whole number of bytes")
         path = os.fspath(spill_path) if spill_path is not None else None
         self.host_bytes, self.spill_path = host_bytes, spill_path
-        self._core = _core.KVCache(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path)
+        self.attention_window = None if attention_window is None else _whole("attention_window", attention_window, 1)
+        self.attention_sinks = _whole("attention_sinks", attention_sinks, 0)
+        self._core = _core.KVCache(
+            model._core,
+            self.dtype,
+            page_size,
+            max_tokens,
+            self.write_buffer,
+            int(host_bytes or 0),
+            path,
+            self.attention_window or 0,
+            self.attention_sinks,
+        )
         self.page_size = page_size
         model._caches.add(self)
 
@@ -70,7 +88,8 @@ class KVCache:
         page_bytes, bytes_per_token, reserved_bytes (address space), resident_bytes (memory in use now, as the system counts it), tail_bytes (the
         write buffers of all sequences, beside the pages), and since the cache was made tokens_appended, blocks_quantised (16 tokens of all
         layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and bytes_fetched (a slice: a layer of a page
-        that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead)."""
+        that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead), pages_released (left the
+        window)."""
         return self._core.stats()
 
     def check(self) -> None:
@@ -95,8 +114,16 @@ class KVCache:
         return (
             f"KVCache({self.dtype}, {s['tokens_held']} tokens in {_sequences(s)}, "
             f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory"
-            f"{self._away(s)})"
+            f"{self._away(s)}{self._approximations()})"
         )
+
+    def _approximations(self) -> str:
+        """What makes results differ from the model's, for repr: "" when nothing does."""
+        own = self.model.config.window or (0,)
+        said = []
+        if self.attention_window and any(w == 0 or w > self.attention_window for w in own):
+            said.append(f"window {self.attention_window}, {self.attention_sinks} sinks")
+        return f", approximate: {', '.join(said)}" if said else ""
 
     def _away(self, stats: dict) -> str:
         if self.spill_path is None:
@@ -112,6 +139,7 @@ class KVCache:
             "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
             "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
             "spilled": f"{s['pages_away']} pages{self._away(s)}" if self.spill_path is not None else "no spill file",
+            "attention": self._approximations().removeprefix(", ") or "exact",
             "bytes per token": f"{s['bytes_per_token']:,}",
             "write buffers": bytes_text(s["tail_bytes"]),
         }
@@ -172,6 +200,12 @@ def of_model(item, kind: type, model, what: str):
     if owner.model is not model:
         raise ArgumentError(f"{what}: its cache belongs to another model, {owner.model!r}")
     return item
+
+
+def _whole(name: str, value, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ArgumentError(f"{name} = {value!r}, expected a whole number of at least {least}")
+    return int(value)
 
 
 def _sequences(stats: dict) -> str:

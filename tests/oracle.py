@@ -95,7 +95,7 @@ def rope(x, cos, sin):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attention(q, k, v, pos, scale, window=0):
+def attention(q, k, v, pos, scale, window=0, sinks=0):
     """Rows q[m, heads, d] at positions pos.. over k, v [tokens, kv_heads, d] of one sequence: (out[m, heads, d], bound[m, heads, d]).
 
     bound is the rounding model: an error of `bound` is one of EPS in every score's largest product sum and in every weight."""
@@ -105,7 +105,7 @@ def attention(q, k, v, pos, scale, window=0):
     scores = np.einsum("mhd,thd->hmt", q, k) * scale
     magnitude = np.einsum("mhd,thd->hmt", np.abs(q), np.abs(k)) * abs(scale)
     t, own = np.arange(len(k)), pos + np.arange(len(q))[:, None]
-    visible = (t <= own) & ((window == 0) | (t > own - window))
+    visible = (t <= own) & ((window == 0) | (t > own - window) | (t < sinks))
     scores = np.where(visible, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -114,13 +114,13 @@ def attention(q, k, v, pos, scale, window=0):
     return out, EPS * (1 + worst) * np.einsum("hmt,thd->mhd", p, np.abs(v))
 
 
-def attention_buffered(q, coded, own, pos, scale, window=0):
+def attention_buffered(q, coded, own, pos, scale, window=0, sinks=0):
     """attention() where a row reads the block of 16 of its own position from `own` (k, v), all earlier positions from `coded` (k, v)."""
     parts, end = [], pos + len(q)
     for begin in range(pos // BLOCK * BLOCK, end, BLOCK):
         first, stop = max(begin, pos), min(begin + BLOCK, end)
         k, v = (np.concatenate([a[:begin], b[begin:stop]]) for a, b in zip(coded, own, strict=True))
-        parts.append(attention(q[first - pos : stop - pos], k, v, first, scale, window))
+        parts.append(attention(q[first - pos : stop - pos], k, v, first, scale, window, sinks))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 

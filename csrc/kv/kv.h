@@ -2,7 +2,8 @@
  *
  * Invariants (lco_kv_check proves them)
  * 1. Every page is free (reference count 0, on the free list once) or held (count = the number of table entries that name it).
- * 2. A sequence of n tokens holds at least ceil(n / page_size) pages; pages past that are reserved for tokens to come.
+ * 2. A sequence of n tokens has at least ceil(n / page_size) table entries; those past that are reserved for tokens to come. Where rows see a
+ *    window only (lco_kv_sight), entries whose page no row to come can see are holes: LCO_NO_PAGE, their pages were released.
  * 3. Slots [length, ...) of a sequence's last page may hold anything; no reader goes past the length.
  * 4. A page with count > 1 is never written: lco_seq_reserve copies it first (copy-on-write).
  * 5. Of a sequence of n tokens in a cache with a write-back buffer, the tokens from n / 16 * 16 on lie in its tail in 16 bit, all others as codes
@@ -24,6 +25,8 @@
 typedef struct lco_kv lco_kv;
 typedef struct lco_seq lco_seq;
 
+#define LCO_NO_PAGE (-1) /* table entry of a hole */
+
 typedef struct {
     int32_t n_layers, n_kv_heads, head_dim;
     lco_dtype dtype;
@@ -35,7 +38,14 @@ typedef struct {
      * without, max_tokens becomes what fits. */
     int64_t host_bytes;
     const char *spill_path; /* read by lco_kv_create only */
+    int64_t model_window;   /* the longest window of the model's layers, 0: some layer sees all */
+    int64_t window, sinks;  /* approximate: rows see the newest `window` positions and those below `sinks`; 0: all that the model's do */
 } lco_kv_options;
+
+/* What a row sees of the positions before it: all, or with window > 0 the newest `window` (its own is one of them) and those below `sinks`. */
+typedef struct {
+    int64_t window, sinks;
+} lco_kv_sight;
 
 typedef struct {
     int64_t pages_total, pages_free, pages_shared, sequences, tokens_held;
@@ -45,6 +55,7 @@ typedef struct {
      * reads announced to the system, and those that came. */
     int64_t pages_away, pages_spilled, pages_restored, slices_fetched, bytes_fetched, prefetches_issued, prefetches_used;
     int64_t tokens_appended, blocks_quantised, pages_copied; /* since the cache was made; a block: 16 tokens of all layers and heads */
+    int64_t pages_released;                                  /* left the window */
 } lco_kv_stats;
 
 lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err);
@@ -55,6 +66,14 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv);
 /* Steps are counted: sequences not used in this one give their memory first. Call before the first lco_seq_reserve of a step. */
 void lco_kv_begin_step(lco_kv *kv);
 int64_t lco_kv_step_tokens(const lco_kv *kv); /* the most tokens of one sequence that a step may append */
+/* What rows of a layer see whose window in the model is `own` (0: all): the shorter window holds. */
+lco_kv_sight lco_kv_layer_sight(const lco_kv *kv, int64_t own);
+/* Whether a row at `position` or later may read of the page at a table index. */
+bool lco_kv_sees_page(const lco_kv *kv, int64_t position, int64_t index);
+/* The most tokens that a sequence needs pages for at once when steps append up to `rows`: INT64_MAX when rows see all. */
+int64_t lco_kv_most_tokens(const lco_kv *kv, int64_t rows);
+/* The most pages that a sequence may hold while it grows to `tokens` in such steps and can still go back to `base` tokens. */
+int64_t lco_kv_most_pages(const lco_kv *kv, int64_t base, int64_t tokens, int64_t rows);
 lco_status lco_kv_check(const lco_kv *kv, lco_error *err);
 
 lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err);
@@ -70,18 +89,18 @@ lco_kv *lco_seq_cache(const lco_seq *seq);
 /* Makes room for n more tokens, all or nothing: new pages at the end, a copy of the last page when it is shared, and the tail.
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
-/* n reserved tokens were written: the length grows. Their ids may be NULL: not known. */
 /* Before a step in which n of the reserved tokens are written: makes their pages ready. LCO_EPAGES when memory for pages is full of this step's;
  * LCO_EIO. */
 lco_status lco_seq_open(lco_seq *seq, int64_t n, lco_error *err);
+/* n reserved tokens were written: the length grows, pages that left the window go. Their ids may be NULL: not known. */
 void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n);
 /* Before `n` tokens come: remembers the block being filled unless they stay in it, so that truncating to this length again, or to less in this
- * block, is exact whatever is appended meanwhile.
+ * block, is exact whatever is appended meanwhile. Pages that a row at this length sees are kept for it, whatever the window.
  * One place is remembered, the last. */
 lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err);
-lco_status lco_seq_truncate(lco_seq *seq, int64_t length,
-                            lco_error *err); /* keeps [0, length), returns pages past it. A block that was quantised already and is
-                                                                            * filled again later comes back to the tail as its codes say. */
+/* Keeps [0, length), returns pages past it. A block that was quantised already and is filled again later comes back to the tail as its codes say.
+ * LCO_EINVAL when a page that the next row would see has left the window; a page_size back it never has. */
+lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err);
 
 /* After a step: LCO_EIO when a page of the sequence could not be read in it; what was computed is worth nothing then. */
 lco_status lco_seq_lost(const lco_seq *seq, lco_error *err);

@@ -19,6 +19,9 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
         return lco_fail(err, LCO_EINVAL, "page_size = %d, expected a multiple of 16 from 16 to 512", o->page_size);
     if (o->host_bytes < 0 || (o->spill_path != NULL && o->host_bytes == 0))
         return lco_fail(err, LCO_EINVAL, "host_bytes = %lld, expected the most bytes of memory for pages", (long long)o->host_bytes);
+    lco_status status = lco_sight_check(o, err);
+    if (status != LCO_OK)
+        return status;
     if (o->max_tokens < 1)
         return lco_fail(err, LCO_EINVAL, "max_tokens = %lld, expected at least 1", (long long)o->max_tokens);
     if (o->n_layers < 1 || o->n_kv_heads < 1 || o->head_dim < 1)
@@ -52,6 +55,7 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
     if (o->write_buffer && !kv->scaled)
         return lco_fail(err, LCO_EINVAL, "a write buffer is for one-byte codes: 16-bit and float32 caches are written once as it is");
     kv->options.layer_dtypes = NULL;
+    kv->sight = lco_kv_layer_sight(kv, o->model_window);
     return LCO_OK;
 }
 
@@ -213,6 +217,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         .tokens_appended = kv->tokens_appended,
         .blocks_quantised = kv->blocks_quantised,
         .pages_copied = kv->pages_copied,
+        .pages_released = kv->pages_released,
     };
     if (kv->tier != NULL) {
         s.pages_away = kv->tier->n_away;
@@ -244,6 +249,8 @@ lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
             status =
                 lco_fail(err, LCO_EFORMAT, "a sequence of %lld tokens holds %lld pages", (long long)seq->length, (long long)seq->n_pages);
         for (int64_t i = 0; i < seq->n_pages && status == LCO_OK; i++) {
+            if (seq->table[i] == LCO_NO_PAGE && !lco_kv_sees_page(kv, seq->length, i) && i < seq->unseen)
+                continue;
             if (seq->table[i] < 0 || seq->table[i] >= kv->n_touched)
                 status = lco_fail(err, LCO_EFORMAT, "table entry %lld names page %d of %lld", (long long)i, seq->table[i],
                                   (long long)kv->n_touched);

@@ -46,6 +46,7 @@ static lco_status take_buffers(const lco_model_config *c, lco_arena *scratch, in
 typedef struct {
     const lco_model *model;
     const lco_batch *batch;
+    const lco_kv *cache;
     const lco_kv_view *kv; /* of each layer */
     lco_item *items;       /* the batch's, with scratch for the blocks that prompt rows lie in */
     buffers b;
@@ -120,7 +121,9 @@ static void attention(step *s, int64_t layer)
     args.items = s->items;
     args.n_items = s->batch->n_items;
     args.ld_out = args.ld_q = (int64_t)c->n_heads * c->head_dim;
-    args.window = c->window[layer];
+    const lco_kv_sight sight = lco_kv_layer_sight(s->cache, c->window[layer]);
+    args.window = sight.window;
+    args.sinks = sight.sinks;
     args.scale = (float)(1.0 / sqrt((double)c->head_dim));
     args.exec = &s->model->exec;
     if (s->status == LCO_OK)
@@ -189,7 +192,7 @@ static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, 
 {
     const lco_model_config *c = &model->config;
     const lco_linear_part none = {0};
-    step s = {.model = model, .batch = batch, .kv = lco_kv_views(kv), .m = batch->n_rows};
+    step s = {.model = model, .batch = batch, .cache = kv, .kv = lco_kv_views(kv), .m = batch->n_rows};
     for (int64_t i = 0; i < batch->n_items; i++)
         s.m_prompt += batch->items[i].prompt ? batch->items[i].len : 0;
     lco_status status = take_buffers(c, model->scratch, s.m, &s.b, err);

@@ -72,7 +72,7 @@ typedef struct {
 } lco_swiglu_args;
 
 /* One sequence's share of a ragged batch: rows [row, row + len) are its tokens at positions [pos, pos + len).
- * Position t lies in page table[t / page_size], slot t % page_size. Attention of these rows reads positions [0, pos + len).
+ * Position t lies in page table[t / page_size], slot t % page_size (any number where no row sees the page). Attention of these rows reads positions [0, pos + len).
  * Prompt items come first in a batch, then decode items (len == 1 there). */
 typedef struct {
     const int32_t *table; /* page numbers, at least ceil((pos + len) / page_size) */
@@ -115,7 +115,7 @@ typedef struct {
 } lco_rope_append_args;
 
 /* attention: out[i, h, :] = sum_t softmax_t(scale * q[i, h, :] . K[t, g, :]) * V[t, g, :], g = h / (n_heads / n_kv_heads),
- * over positions t with t <= position(i) and, when window > 0, t > position(i) - window.  Scores are masked with true -inf; slots of a page past
+ * over positions t with t <= position(i) and, when window > 0, t > position(i) - window or t < sinks.  Scores are masked with true -inf; slots of a page past
  * the sequence's length are never read (they may hold anything, NaN included). Row i's own key is in the cache already.
  * In a buffered cache a row reads the block of its own position from 16 bit and all earlier blocks from codes: what a row reads depends on
  * its position alone, not on how the prompt was cut, what else ran, or what came from a shared prefix.
@@ -125,10 +125,20 @@ typedef struct {
     const float *q;        /* [m, n_heads, head_dim], row stride ld_q */
     const lco_kv_view *kv; /* of the layer; pages are read through lco_kv_read() */
     const lco_item *items;
-    int64_t n_items, n_heads, ld_out, ld_q, window;
+    int64_t n_items, n_heads, ld_out, ld_q, window, sinks;
     float scale;
     const lco_exec *exec;
 } lco_attention_args;
+
+/* What a row at `position` reads: positions [0, sinks) and [first, position]. sinks is 0 where these would be one run. */
+typedef struct {
+    int64_t sinks, first;
+} lco_seen;
+static inline lco_seen lco_seen_at(int64_t window, int64_t sinks, int64_t position)
+{
+    const int64_t first = window > 0 && position >= window ? position - window + 1 : 0;
+    return sinks < first ? (lco_seen){.sinks = sinks, .first = first} : (lco_seen){0};
+}
 
 typedef struct {
     const char *name;   /* "ref", "avx2", "avx512", "amx" */

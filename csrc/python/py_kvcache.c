@@ -34,15 +34,16 @@ static void free_object(PyObject *self)
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "dtype", "page_size", "max_tokens", "write_buffer", "host_bytes", "spill_path", NULL};
+    static char *names[] = {"model",      "dtype",      "page_size", "max_tokens", "write_buffer",
+                            "host_bytes", "spill_path", "window",    "sinks",      NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype;
     int page_size, write_buffer;
-    long long max_tokens, host_bytes = 0;
+    long long max_tokens, host_bytes = 0, window = 0, sinks = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|Lz", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzLL", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &window, &sinks))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -52,7 +53,10 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .write_buffer = write_buffer,
                               .max_tokens = max_tokens,
                               .host_bytes = host_bytes,
-                              .spill_path = spill_path};
+                              .spill_path = spill_path,
+                              .model_window = owner->longest_window,
+                              .window = window,
+                              .sinks = sinks};
     if (!lco_py_dtype(dtype, &options.dtype))
         return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected " LCO_PY_DTYPES, dtype);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -143,6 +147,7 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
         COUNT(tokens_held),    COUNT(page_bytes),      COUNT(bytes_per_token),  COUNT(reserved_bytes),    COUNT(resident_bytes),
         COUNT(tail_bytes),     COUNT(tokens_appended), COUNT(blocks_quantised), COUNT(pages_copied),      COUNT(pages_spilled),
         COUNT(pages_restored), COUNT(slices_fetched),  COUNT(bytes_fetched),    COUNT(prefetches_issued), COUNT(prefetches_used),
+        COUNT(pages_released),
 #undef COUNT
     };
     PyObject *dict = PyDict_New();
@@ -191,7 +196,8 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None)\n--\n\nA paged key/value cache "
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, window=0, sinks=0)\n--\n\nA "
+                "paged key/value cache "
                 "shaped for a model."},
     {0, NULL},
 };

@@ -167,26 +167,26 @@ done:
 }
 
 const char lco_py_attention_doc[] =
-    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0)\n--\n\n"
+    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0, sinks=0)\n--\n\n"
     "Causal attention of q[m, heads, d] over the cache into out[m, heads, d]; rows may be strided. cache, dtype and items as in\n"
-    "rope_append; window > 0: only the newest `window` positions.";
+    "rope_append; window > 0: only the newest `window` positions and those below `sinks`.";
 
 PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
 {
     OpContext *self = (OpContext *)object;
     PyThreadState *state;
     PyObject *result = NULL;
-    static const char *const names[] = {"out",        "q",     "cache", "dtype", "page_size", "n_layers",
-                                        "n_kv_heads", "layer", "items", "scale", "window",    NULL};
+    static const char *const names[] = {"out",   "q",     "cache", "dtype",  "page_size", "n_layers", "n_kv_heads",
+                                        "layer", "items", "scale", "window", "sinks",     NULL};
     PyObject *out_o, *q_o, *cache_o, *items_o;
     const char *dtype_name;
     int page_size, n_layers, n_kv_heads;
-    long long layer, window = 0;
+    long long layer, window = 0, sinks = 0;
     float scale;
     bag b = {.n = 0};
     const Py_buffer *out, *q;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|L:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
-                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|LL:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
+                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window, &sinks))
         return NULL;
     cache_call *c = PyMem_Calloc(1, sizeof *c);
     if (c == NULL)
@@ -195,7 +195,8 @@ PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
         goto done;
     int64_t m = q->shape[0], n_heads = q->shape[1], d = q->shape[2];
     if (!check(d <= INT32_MAX, "head_dim", d, "a 32-bit number") || !check(window >= 0, "window", window, "0 (none) or more") ||
-        !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, n_heads) || !check_axis(out, "out", 2, d) ||
+        !check(sinks >= 0, "sinks", sinks, "0 (none) or more") || !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, n_heads) ||
+        !check_axis(out, "out", 2, d) ||
         !check(n_kv_heads >= 1 && n_heads % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
         !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) || !take_items(&b, c, items_o, m))
         goto done;
@@ -204,6 +205,7 @@ PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
     a.ld_out = row_stride(out);
     a.ld_q = row_stride(q);
     a.window = window;
+    a.sinks = sinks;
     a.scale = scale;
     a.exec = &self->exec;
     if ((state = enter(self)) != NULL)
