@@ -43,12 +43,13 @@ class KVCache:
         spill_path: str | None = None,
         window: int = 0,
         sinks: int = 0,
+        page_tolerance: float = 0.0,
     ) -> None: ...
     def step_tokens(self) -> int:
         """The most tokens of one sequence that a step may append."""
 
     def sequence(self) -> Sequence: ...
-    def stats(self) -> dict[str, int]: ...
+    def stats(self) -> dict[str, Any]: ...
     def check(self) -> None: ...
     def close(self) -> None: ...
 
@@ -137,6 +138,26 @@ class OpContext:
         layer: int,
         items: _Sequence,
         scale: float,
+        window: int = 0,
+        sinks: int = 0,
+        chosen: Buffer | None = None,
+    ) -> None: ...
+    def choose_pages(
+        self,
+        chosen: Buffer,
+        counts: Buffer,
+        masses: Buffer,
+        q: Buffer,
+        bounds: Buffer,
+        cache: Buffer,
+        dtype: str,
+        page_size: int,
+        n_layers: int,
+        n_kv_heads: int,
+        layer: int,
+        items: _Sequence,
+        scale: float,
+        tolerance: float,
         window: int = 0,
         sinks: int = 0,
     ) -> None: ...

@@ -241,3 +241,24 @@ def assert_close(found, expected, bound):
         raise AssertionError(
             f"at {at}: found {found[at]}, expected {expected[at]}, {ratio[at]:.3g} times the bound of {np.broadcast_to(bound, ratio.shape)[at]:.3g}"
         )
+
+
+def key_bounds(pages, layer):
+    """[pages, kv_heads, 2, d] bfloat16 bits: the least and the largest key of each channel of every page, rounded outward; infinite where a key is
+    not finite."""
+    result = np.empty((len(pages.data) // pages.page_bytes, pages.n_kv_heads, 2, pages.head_dim), np.uint16)
+    for number in range(len(result)):
+        keys = pages.read([number], layer, pages.page_size)[0].astype(np.float32)
+        for which, (end, sign) in enumerate(((keys.min(0), -1), (keys.max(0), 1))):
+            end = np.where(np.isfinite(keys).all((0, 2))[:, None], end, np.float32(sign * np.inf))
+            bits = end.view(np.uint32)
+            result[number, :, which] = (bits >> 16) + ((bits & 0xFFFF != 0) & (np.signbit(end) == (sign < 0)))
+    return result
+
+
+def weights(q, k, scale, seen):
+    """Attention weights of rows' heads q [heads, d] over keys k [tokens, kv_heads, d] where `seen` [tokens]: float64 [heads, tokens]."""
+    scores = np.einsum("hd,thd->ht", q.astype(np.float64), np.repeat(k.astype(np.float64), len(q) // k.shape[1], 1)) * scale
+    scores = np.where(seen, scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)

@@ -19,7 +19,12 @@ struct lco_kv {
     int64_t n_stacked;
     lco_seq *sequences; /* list */
     int64_t tokens_appended, blocks_quantised, pages_copied, pages_released;
-    lco_kv_sight sight; /* of the layer that sees most */
+    lco_kv_sight sight;  /* of the layer that sees most */
+    uint16_t *bounds;    /* lco_kv_bounds of all pages; NULL: not kept */
+    size_t bounds_bytes; /* of a page */
+    float *bounds_row;   /* [3 * head_dim] to work in */
+    int64_t pages_read, pages_left_out;
+    float largest_mass, step_mass;
     size_t system_page;
     lco_tier *tier; /* NULL: every page is in memory */
 };
@@ -47,6 +52,12 @@ lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err); /* count be
 void lco_page_share(lco_kv *kv, int32_t page);
 void lco_page_release(lco_kv *kv, int32_t page);
 void lco_page_unmap(lco_kv *kv, int32_t page); /* gives its memory back to the system */
+
+/* bounds.c */
+lco_status lco_bounds_create(lco_kv *kv, lco_error *err); /* nothing without a page_tolerance */
+void lco_bounds_destroy(lco_kv *kv);
+void lco_bounds_page(lco_kv *kv, int64_t page); /* a page in memory that is full now */
+bool lco_bounds_sound(const lco_kv *kv, const lco_seq *seq, int64_t *bad);
 
 /* window.c */
 lco_status lco_sight_check(const lco_kv_options *options, lco_error *err);

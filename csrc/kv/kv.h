@@ -10,7 +10,8 @@
  *    in pages. Readers take the block of the query's own position from the tail, all earlier ones from codes, whatever was cached when.
  * 6. With a spill file a page is blank (nothing was ever to be written), hot (in memory) or away (in the file), at most host_bytes of them hot.
  *    Rows go to hot pages: lco_seq_open makes them so. All else is read where it lies, and results don't depend on where that is.
- * 7. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
+ * 7. With a page_tolerance the bounds of the keys of every full page are known (lco_kv_bounds).
+ * 8. Address space is reserved for all pages when the pool is made; memory is used only by pages written (the OS maps them on first touch),
  *    and is given back when pages are freed.
  *
  * States of a page: free -> (lco_seq_reserve) held -> (lco_seq_fork) shared -> (free, truncate, copy-on-write) held -> free. */
@@ -39,6 +40,7 @@ typedef struct {
     int64_t host_bytes;
     const char *spill_path; /* read by lco_kv_create only */
     int64_t model_window;   /* the longest window of the model's layers, 0: some layer sees all */
+    double page_tolerance;  /* approximate: decode rows may leave out pages with attention weights of this sum at most; 0: they read all */
     int64_t window, sinks;  /* approximate: rows see the newest `window` positions and those below `sinks`; 0: all that the model's do */
 } lco_kv_options;
 
@@ -56,6 +58,9 @@ typedef struct {
     int64_t pages_away, pages_spilled, pages_restored, slices_fetched, bytes_fetched, prefetches_issued, prefetches_used;
     int64_t tokens_appended, blocks_quantised, pages_copied; /* since the cache was made; a block: 16 tokens of all layers and heads */
     int64_t pages_released;                                  /* left the window */
+    /* With a page_tolerance, of each layer and kv head of decode rows; the largest bound of a query head's weights left out, and the last step's. */
+    int64_t pages_read, pages_left_out, bounds_bytes; /* bounds of keys, of the pages held */
+    float largest_mass_left_out, step_mass_left_out;
 } lco_kv_stats;
 
 lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error *err);
@@ -74,6 +79,7 @@ bool lco_kv_sees_page(const lco_kv *kv, int64_t position, int64_t index);
 int64_t lco_kv_most_tokens(const lco_kv *kv, int64_t rows);
 /* The most pages that a sequence may hold while it grows to `tokens` in such steps and can still go back to `base` tokens. */
 int64_t lco_kv_most_pages(const lco_kv *kv, int64_t base, int64_t tokens, int64_t rows);
+void lco_kv_count_choice(lco_kv *kv, int64_t read, int64_t left_out, float mass);
 lco_status lco_kv_check(const lco_kv *kv, lco_error *err);
 
 lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err);

@@ -62,6 +62,7 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
 static void release(lco_kv *kv)
 {
     lco_tier_destroy(kv);
+    lco_bounds_destroy(kv);
     if (kv->base != NULL)
         munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
     lco_free(kv->free_stack);
@@ -118,7 +119,7 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
         kv->views[i].base = kv->base + kv->views[i].slice_offset;
         kv->views[i].page_bytes = bytes;
     }
-    if ((status = lco_tier_create(kv, err)) != LCO_OK)
+    if ((status = lco_tier_create(kv, err)) != LCO_OK || (status = lco_bounds_create(kv, err)) != LCO_OK)
         goto fail;
     kv->options.spill_path = NULL;
     *out = kv;
@@ -218,6 +219,11 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         .blocks_quantised = kv->blocks_quantised,
         .pages_copied = kv->pages_copied,
         .pages_released = kv->pages_released,
+        .pages_read = kv->pages_read,
+        .pages_left_out = kv->pages_left_out,
+        .bounds_bytes = (kv->n_pages - lco_page_free_count(kv)) * (int64_t)kv->bounds_bytes,
+        .largest_mass_left_out = kv->largest_mass,
+        .step_mass_left_out = kv->step_mass,
     };
     if (kv->tier != NULL) {
         s.pages_away = kv->tier->n_away;
@@ -248,6 +254,9 @@ lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
         if (seq->length > seq->n_pages * kv->options.page_size || seq->n_pages > seq->capacity)
             status =
                 lco_fail(err, LCO_EFORMAT, "a sequence of %lld tokens holds %lld pages", (long long)seq->length, (long long)seq->n_pages);
+        int64_t bad;
+        if (status == LCO_OK && !lco_bounds_sound(kv, seq, &bad))
+            status = lco_fail(err, LCO_EFORMAT, "page %lld: the bounds of its keys are wrong", (long long)bad);
         for (int64_t i = 0; i < seq->n_pages && status == LCO_OK; i++) {
             if (seq->table[i] == LCO_NO_PAGE && !lco_kv_sees_page(kv, seq->length, i) && i < seq->unseen)
                 continue;

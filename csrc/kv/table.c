@@ -122,6 +122,7 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
         memcpy(copy->ids, seq->ids, (size_t)seq->length * sizeof *seq->ids);
     copy->length = seq->length;
     lco_seq_release_unseen(copy); /* what is kept for the anchor of the other only */
+    copy->unseen = copy->unseen > seq->unseen ? copy->unseen : seq->unseen;
     *out = copy;
     return LCO_OK;
 }
@@ -221,8 +222,11 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n)
         seq->tail = 1 - seq->tail;
     for (int64_t i = 0; i < n; i++)
         seq->ids[seq->length + i] = ids != NULL ? ids[i] : -1;
+    const int64_t page_size = seq->kv->options.page_size, full = seq->length / page_size;
     seq->length += n;
     seq->kv->tokens_appended += n;
+    for (int64_t i = full; i < seq->length / page_size; i++)
+        lco_bounds_page(seq->kv, seq->table[i]);
     lco_seq_release_unseen(seq);
 }
 

@@ -397,6 +397,7 @@ int64_t lco_kv_step_tokens(const lco_kv *kv)
 void lco_kv_begin_step(lco_kv *kv)
 {
     lco_tier *tier = kv->tier;
+    kv->step_mass = 0;
     if (tier == NULL)
         return;
     tier->step++;

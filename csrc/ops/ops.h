@@ -127,8 +127,37 @@ typedef struct {
     const lco_item *items;
     int64_t n_items, n_heads, ld_out, ld_q, window, sinks;
     float scale;
+    const uint64_t *chosen; /* by choose_pages: decode rows read these pages only; NULL: all */
+    int64_t chosen_words;
     const lco_exec *exec;
 } lco_attention_args;
+
+/* choose_pages: for the row of every decode item, pages that it may leave out: the sum of their attention weights is at most `mass` <= tolerance,
+ * for each query head. A page that a query head needs is read by all of its kv head. By what a page's keys are between (lco_kv_bounds), no key
+ * of what is left out is read. Of an item whose pages are nearly all needed, all are read; attention's result is then the same to the bit.
+ * The output is off by at most 2 * mass * the largest magnitude of the head's values. Prompt rows read everything.
+ * Depends on the row and its sequence alone, as attention does. */
+typedef struct {
+    int64_t read, left_out; /* pages of the kv head */
+    float mass;             /* of the query head that leaves out most, at most this */
+} lco_choice;
+typedef struct {
+    uint64_t *chosen;      /* [n_items, n_kv_heads, chosen_words]: a bit for each table entry, lowest first. Prompt items': not written */
+    lco_choice *choices;   /* [n_items, n_kv_heads]; zeros of prompt items */
+    const float *q;        /* [m, n_heads, head_dim], row stride ld_q; rotated */
+    const lco_kv_view *kv; /* with bounds */
+    const lco_item *items;
+    int64_t n_items, n_heads, ld_q, window, sinks, chosen_words;
+    float scale; /* > 0 */
+    double tolerance;
+    const lco_exec *exec;
+} lco_choose_pages_args;
+
+static inline bool lco_page_chosen(const lco_attention_args *a, const lco_item *item, int64_t kv_head, int64_t page)
+{
+    return a->chosen == NULL || item->prompt ||
+           (a->chosen[((item - a->items) * a->kv->n_kv_heads + kv_head) * a->chosen_words + page / 64] >> (page % 64) & 1) != 0;
+}
 
 /* What a row at `position` reads: positions [0, sinks) and [first, position]. sinks is 0 where these would be one run. */
 typedef struct {
@@ -149,6 +178,7 @@ typedef struct {
     lco_status (*swiglu)(const lco_swiglu_args *);
     lco_status (*rope_append)(const lco_rope_append_args *);
     lco_status (*attention)(const lco_attention_args *);
+    lco_status (*choose_pages)(const lco_choose_pages_args *);
 } lco_ops;
 
 /* The table for an instruction set: `isa` is "ref", "avx2", "avx512", "amx", or NULL for the best this CPU has (or LLMCOOPT_ISA says).

@@ -34,16 +34,17 @@ static void free_object(PyObject *self)
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model",      "dtype",      "page_size", "max_tokens", "write_buffer",
-                            "host_bytes", "spill_path", "window",    "sinks",      NULL};
+    static char *names[] = {"model",  "dtype", "page_size",      "max_tokens", "write_buffer", "host_bytes", "spill_path",
+                            "window", "sinks", "page_tolerance", NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model;
     const char *dtype;
     int page_size, write_buffer;
     long long max_tokens, host_bytes = 0, window = 0, sinks = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzLL", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path, &window, &sinks))
+    double tolerance = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzLLd", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &window, &sinks, &tolerance))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -56,7 +57,8 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .spill_path = spill_path,
                               .model_window = owner->longest_window,
                               .window = window,
-                              .sinks = sinks};
+                              .sinks = sinks,
+                              .page_tolerance = tolerance};
     if (!lco_py_dtype(dtype, &options.dtype))
         return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected " LCO_PY_DTYPES, dtype);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -147,13 +149,20 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
         COUNT(tokens_held),    COUNT(page_bytes),      COUNT(bytes_per_token),  COUNT(reserved_bytes),    COUNT(resident_bytes),
         COUNT(tail_bytes),     COUNT(tokens_appended), COUNT(blocks_quantised), COUNT(pages_copied),      COUNT(pages_spilled),
         COUNT(pages_restored), COUNT(slices_fetched),  COUNT(bytes_fetched),    COUNT(prefetches_issued), COUNT(prefetches_used),
-        COUNT(pages_released),
+        COUNT(pages_released), COUNT(pages_read),      COUNT(pages_left_out),   COUNT(bounds_bytes),
 #undef COUNT
     };
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict != NULL && i < sizeof counts / sizeof counts[0]; i++) {
         PyObject *value = PyLong_FromLongLong(counts[i].value);
         if (value == NULL || PyDict_SetItemString(dict, counts[i].name, value) != 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    const float masses[] = {s.largest_mass_left_out, s.step_mass_left_out};
+    for (int i = 0; dict != NULL && i < 2; i++) {
+        PyObject *value = PyFloat_FromDouble(masses[i]);
+        if (value == NULL || PyDict_SetItemString(dict, i == 0 ? "largest_mass_left_out" : "step_mass_left_out", value) != 0)
             Py_CLEAR(dict);
         Py_XDECREF(value);
     }
@@ -196,7 +205,8 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, window=0, sinks=0)\n--\n\nA "
+    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, window=0, sinks=0, "
+                "page_tolerance=0.0)\n--\n\nA "
                 "paged key/value cache "
                 "shaped for a model."},
     {0, NULL},

@@ -50,6 +50,9 @@ static void attend(const attention_job *job, int thread, const float *q, float *
     const lco_seen seen = lco_seen_at(job->args->window, job->args->sinks, position);
     double largest = -INFINITY, total = 0;
     for (int64_t t = next_seen(&seen, -1); t <= position; t = next_seen(&seen, t)) {
+        p[t] = -INFINITY;
+        if (!lco_page_chosen(job->args, job->item, kv_head, t / kv->page_size))
+            continue;
         const stored key = find(job, thread, position, t, LCO_KEY, kv_head);
         p[t] = 0;
         for (int64_t j = 0; j < kv->head_dim; j++)
@@ -60,6 +63,8 @@ static void attend(const attention_job *job, int thread, const float *q, float *
     for (int64_t j = 0; j < kv->head_dim; j++)
         sum[j] = 0;
     for (int64_t t = next_seen(&seen, -1); t <= position; t = next_seen(&seen, t)) {
+        if (!lco_page_chosen(job->args, job->item, kv_head, t / kv->page_size))
+            continue;
         const stored value = find(job, thread, position, t, LCO_VALUE, kv_head);
         p[t] = exp(p[t] - largest);
         total += p[t];

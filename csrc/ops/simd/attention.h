@@ -143,6 +143,8 @@ static void merge_heads(void *ctx, int64_t begin, int64_t end, int thread)
 static int64_t head_ranges(const attention_job *job, int64_t n_splits)
 {
     const int64_t n_kv = job->args->kv->n_kv_heads;
+    if (job->args->chosen != NULL) /* every kv head has pages of its own */
+        return n_kv;
     int64_t wanted = (lco_pool_size(job->args->exec->pool) * UNITS_PER_THREAD + n_splits - 1) / n_splits;
     return wanted < n_kv ? wanted : n_kv;
 }

@@ -291,9 +291,12 @@ static void decode_unit(const attention_job *job, const unit *u, int thread)
     for (int64_t n = u->first; n < end; n++) {
         const int64_t page = page_at(&plan, n), start = page * page_size, stop = start + page_size < coded ? start + page_size : coded;
         const int64_t sinks = seen.sinks < stop ? seen.sinks : stop, first = seen.first > start ? seen.first : start;
-        if (sinks <= start && first >= stop)
+        if ((sinks <= start && first >= stop) || !lco_page_chosen(a, u->item, u->head, page))
             continue;
-        const int32_t at = u->item->table[page], next = n + 1 < end ? u->item->table[page_at(&plan, n + 1)] : at;
+        int64_t later = n + 1;
+        while (later < end && !lco_page_chosen(a, u->item, u->head, page_at(&plan, later)))
+            later++;
+        const int32_t at = u->item->table[page], next = later < end ? u->item->table[page_at(&plan, later)] : at;
         const uint8_t *slice = lco_kv_read(a->kv, thread, at, next, u->head, u->heads);
         const uint8_t *after = lco_kv_away(a->kv, next) ? slice : lco_kv_slice(a->kv, next);
         if (sinks > start)
