@@ -105,7 +105,7 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n);
  * One place is remembered, the last. */
 lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err);
 /* Keeps [0, length), returns pages past it. A block that was quantised already and is filled again later comes back to the tail as its codes say.
- * LCO_EINVAL when a page that the next row would see has left the window; a page_size back it never has. */
+ * LCO_EINVAL when a page that the next row would see has left the window; a page_size back from its longest it never has. */
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err);
 
 /* After a step: LCO_EIO when a page of the sequence could not be read in it; what was computed is worth nothing then. */
