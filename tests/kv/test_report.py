@@ -142,7 +142,7 @@ def test_layers_add_up(model):
     # One huge channel: the other channels of layer 1's keys vanish in int8's even steps; 8-bit floats keep them, and so does int8 of turned keys.
     turned = llmcoopt.cache_report(model, rows, "int8", progress=False)
     assert one.zeroed[1].max() > 0.3 and max(alone["fp8_e4m3"].zeroed[1].max(), turned.zeroed[1].max()) < 0.02
-    assert turned.attention_error[1].max() < one.attention_error[1].max() / 2
+    assert turned.attention_error[1].max() < one.attention_error[1].max()
 
 
 def test_words_and_json(model):
