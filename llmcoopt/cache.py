@@ -29,7 +29,7 @@ class KVCache:
         turn_keys: one-byte types only: turn keys and queries by a Walsh-Hadamard matrix, which changes no dot product and spreads large channels, so
             that rounding to one byte loses less. (With a page_tolerance False may leave out more pages: bounds of single channels are narrower.)
         kv_scales: "block": scales come from the data, one for each block. "checkpoint": layers of fp8_e4m3 take k_scale and v_scale from the files
-            of the model for all blocks, as their author calibrated them; what is larger than 448 times the scale saturates.
+            of the model for all blocks, as their author calibrated them, and keys are not turned; what is larger than 448 times the scale saturates.
         page_size: tokens of a page, a multiple of 16 from 16 to 512.
         calibration: with dtype="auto": texts (strings, or lists of token ids) on which `choose_cache_dtype` chooses the type of each layer, fp8_e4m3
             where it does no harm, so that the damage stays within `tolerance`; `tokenizer` is for strings (None: the model's own).
@@ -82,7 +82,9 @@ class KVCache:
                 raise ArgumentError(f"calibration: kv_scales is {kv_scales!r}, expected 'block': that is what is measured")
             from .dtype_choice import choose_cache_dtype
 
-            self.choice = choose_cache_dtype(model, calibration, tolerance, tokenizer=tokenizer, write_buffer=write_buffer)
+            self.choice = choose_cache_dtype(
+                model, calibration, tolerance, tokenizer=tokenizer, write_buffer=write_buffer, turn_keys=turn_keys
+            )
             dtype = self.choice.dtypes
         self.layer_dtypes = layer_types(dtype, model.config.num_hidden_layers, model.dtype)
         self.dtype = max(self.layer_dtypes, key=self.layer_dtypes.count)
@@ -101,20 +103,11 @@ class KVCache:
         self.attention_sinks = _whole("attention_sinks", attention_sinks, 0)
         self.page_tolerance = _share("page_tolerance", page_tolerance or 0.0)
         self.prefix_cache = bool(prefix_cache)
-        self.turn_keys = bool(turn_keys) and any(name in SCALED for name in self.layer_dtypes) and scales is None
+        self.turn_keys = bool(turn_keys) and kv_scales == "block" and any(name in SCALED for name in self.layer_dtypes)
         self._skipped = {"padding": 0, "duplicate": 0}
         self._core = _core.KVCache(
-            *(
-                model._core,
-                self.dtype,
-                page_size,
-                max_tokens,
-                self.write_buffer,
-                int(host_bytes or 0),
-                path,
-                self.prefix_cache,
-                self.turn_keys,
-            ),
+            *(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache),
+            turn_keys=self.turn_keys,
             layer_dtypes=list(self.layer_dtypes),
             fixed_scales=scales,
             window=self.attention_window or 0,

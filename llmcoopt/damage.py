@@ -16,6 +16,7 @@ from .taps import Tap
 from .tokenizer import Tokenizer
 
 BLOCK = 16  # tokens that share a scale (csrc/base/formats.h)
+ROOM = 1 << 30  # bytes of queries, keys and values held at once; a text runs again for the layers that do not fit
 PAGE = 512  # tokens of the pages that the report makes for itself
 # What is larger than the first would be rounded to more than the largest code; codes below the second have fewer bits of precision.
 RANGES = {"float16": (65520.0, 2.0**-14), "fp8_e4m3": (464.0, 2.0**-6), "fp8_e5m2": (61440.0, 2.0**-14), "int8": (127.5, 0.0)}
@@ -199,21 +200,21 @@ def cache_report(
     tokenizer=None,
     window: int | None = None,
     write_buffer: bool = True,
-    kv_scales: str = "block",
     turn_keys: bool = True,
+    kv_scales: str = "block",
     progress: bool = True,
 ) -> KVCacheReport:
     """Measures what a cache of these element types does to keys, values and attention, layer by layer and head by head.
 
-    The texts run through the model once; each layer's exact queries, keys and values are then coded and attended to beside it, so that the error of
-    one layer does not show in the next.
+    The texts run through the model with a cache of its own type; each layer's queries, keys and values are then coded and attended to beside it, so
+    that the error of one layer does not show in the next.
 
     Args:
         texts: a string, token ids, or a list of either.
         dtype: as in KVCache: a name, a list of a name for each layer, or a dict.
         tokenizer: for strings; None: the model's own.
         window: tokens that see each other; longer texts are cut. None: 2,048 or the model's context.
-        write_buffer, kv_scales, turn_keys: as in KVCache.
+        write_buffer, turn_keys, kv_scales: as in KVCache.
         progress: a bar on stderr.
 
     Raises ArgumentError, and NumericError when keys or values are NaN or infinite.
@@ -224,24 +225,30 @@ def cache_report(
     scales = checkpoint_scales(model, types, kv_scales)
     with KVCache(model, list(types), max_tokens=1, write_buffer=write_buffer) as cache:
         per_token = cache.stats()["bytes_per_token"]
+    row = 4 * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
     for ids in tqdm(windows, "cache report", unit="text", disable=not progress):
-        layers = [_Layer(context, config, i, name, write_buffer, scales, turn_keys) for i, name in enumerate(types)]
-        with KVCache(model, "float32", max_tokens=len(ids)) as cache:
-            tap = Tap(["q", "k", "v"], lambda point, layer, rows, layers=layers: layers[layer].add(point, rows))
-            model.forward(ids, cache.sequence(), last_only=True, tap=tap)
-        for i, layer in enumerate(layers):
-            for name, heads in layer.measure().items():
-                sums.setdefault(name, np.zeros((len(types), config.num_key_value_heads)))[i] += heads
+        at_once = max(1, ROOM // (row * len(ids)))
+        for first in range(0, len(types), at_once):
+            layers = {
+                i: _Layer(context, config, i, types[i], write_buffer, turn_keys, scales)
+                for i in range(first, min(first + at_once, len(types)))
+            }
+            tap = Tap(["q", "k", "v"], lambda point, layer, rows, layers=layers: layers[layer].add(point, rows), layers)
+            with KVCache(model, max_tokens=len(ids)) as cache:
+                model.forward(ids, cache.sequence(), last_only=True, tap=tap)
+            for i, layer in layers.items():
+                for name, heads in layer.measure().items():
+                    sums.setdefault(name, np.zeros((len(types), config.num_key_value_heads)))[i] += heads
     return KVCacheReport(model.name, types, sum(map(len, windows)), per_token, sums)
 
 
 class _Layer:
     """One layer's queries, keys and values of one text."""
 
-    def __init__(self, context, config, index, dtype, write_buffer, scales, turn_keys):
+    def __init__(self, context, config, index, dtype, write_buffer, turn_keys, scales):
         self.context, self.config, self.index, self.dtype, self.write_buffer = context, config, index, dtype, write_buffer
         self.scales = scales[index] if scales is not None and dtype in SCALED else None
-        self.turned = turn_keys and dtype in SCALED and self.scales is None
+        self.turned = turn_keys and dtype in SCALED and scales is None
         self.parts = {"q": [], "k": [], "v": []}
 
     def add(self, point, rows):
@@ -255,7 +262,7 @@ class _Layer:
         q, k, v = (x.reshape(len(x), -1, self.config.head_dim) for x in (q, k, v))
         exact, coded = (_Pages(self.config, dtype, len(q), self.write_buffer) for dtype in ("float32", self.dtype))
         right, _ = exact.attend(self.context, q, k, v, self.index)
-        found, k = coded.attend(self.context, q, k, v, self.index, self.scales, self.turned)
+        found, k = coded.attend(self.context, q, k, v, self.index, turned=self.turned, scales=self.scales)
         groups = len(q), self.config.num_key_value_heads, -1
         sums = {"attention_error": _squares((found - right).reshape(groups)), "attention_error of": _squares(right.reshape(groups))}
         full = len(q) // BLOCK * BLOCK
@@ -279,15 +286,16 @@ class _Pages:
         self.data = np.zeros(self.n * (-(-(self.codes + self.scales) // 64) * 64), np.uint8)
         self.tail = 2 * 2 * BLOCK * heads * d if write_buffer and dtype in SCALED else 0
 
-    def attend(self, context, q, k, v, layer, scales=None, turned=False):
-        """Writes k and v [tokens, kv heads, head_dim]; returns float32 attention of q over them, [tokens, heads, head_dim], and the keys as they
-        were given to the coding (turned, or as they are)."""
-        q, k, n, c, d = q.copy(), k.copy(), len(q), self.config, self.config.head_dim
+    def attend(self, context, q, k, v, layer, **how):
+        """Writes k and v [tokens, kv heads, head_dim]. Returns float32 attention of q over them, [tokens, heads, head_dim], and the keys as they were
+        written but for rounding: turned ones stay turned, relative errors are the same."""
+        n, c, d = len(q), self.config, self.config.head_dim
         tails = [np.zeros(size * self.tail, np.uint8) for size in (1, 1, -(-n // BLOCK)) if self.tail]
         items = [(np.arange(self.n, dtype=np.int32), 0, n, 0, True, *tails)]
         where = {"cache": self.data, "dtype": self.dtype, "page_size": PAGE, "n_layers": 1, "layer": 0, "items": items}
         still, out = (np.ones((n, d // 2), np.float32), np.zeros((n, d // 2), np.float32)), np.empty_like(q)
-        context.rope_append(q, k, v, *still, **where, scales=scales, turned=turned)  # they are rotated already
+        q, k = q.copy(), k.copy()
+        context.rope_append(q, k, v, *still, **where, **how)  # they are rotated already
         window = c.window[layer] if c.window else 0
         context.attention(out, q, **where, n_kv_heads=c.num_key_value_heads, scale=d**-0.5, window=window)
         return out, k

@@ -100,6 +100,7 @@ def choose_cache_dtype(
     window: int | None = None,
     rank_by: str = "damage",
     write_buffer: bool = True,
+    turn_keys: bool = True,
     progress: bool = True,
 ) -> CacheChoice:
     """Chooses the element type of each layer: `base`, but `keep` in the most sensitive layers, as few as bring the damage within the tolerance.
@@ -116,7 +117,7 @@ def choose_cache_dtype(
         window: tokens that see each other; longer texts are cut. None: 1,024 or the model's context. The logits of a window are held in memory.
         rank_by: "damage" measures each layer alone on the first 1,024 tokens, which takes as many runs as there are layers; "attention" takes the
             error of attention output of `cache_report`, one run, and may keep some layers more.
-        write_buffer: as in KVCache.
+        write_buffer, turn_keys: as in KVCache.
         progress: a bar on stderr.
 
     Raises ArgumentError, and NumericError when logits, keys or values are NaN.
@@ -128,31 +129,32 @@ def choose_cache_dtype(
     if rank_by not in ("damage", "attention"):
         raise ArgumentError(f"rank_by = {rank_by!r}, expected 'damage' or 'attention'")
     windows = text_windows(model, texts, tokenizer, min(WINDOW, model.config.max_positions) if window is None else window)
-    report = cache_report(model, windows, base, window=max(map(len, windows)), write_buffer=write_buffer, progress=progress)
+    how = {"write_buffer": write_buffer, "turn_keys": turn_keys}
+    report = cache_report(model, windows, base, window=max(map(len, windows)), **how, progress=progress)
 
     def types(kept):
         return [keep if layer in kept else base for layer in range(n)]
 
-    def measure(candidates, windows, title):
-        return _measure(model, candidates, [keep] * n, windows, write_buffer, title if progress else None)
+    def run(candidates, windows, title):
+        return measure(model, candidates, windows, keep, title if progress else None, **how)
 
     if rank_by == "attention":
         sensitivity = report.layer("attention_error")
     else:
         lengths = np.cumsum([len(ids) for ids in windows])
         few = windows[: 1 + int(np.searchsorted(lengths, RANKED))]
-        alone = measure([types(set(range(n)) - {layer}) for layer in range(n)], few, "layers alone")
+        alone = run([types(set(range(n)) - {layer}) for layer in range(n)], few, "layers alone")
         sensitivity = np.array([damage for damage, _, _ in alone])
     order = np.argsort(-sensitivity, kind="stable").tolist()
     steps = {n: Measured(n, 0.0, 0.0, 0.0)}  # all kept: the reference itself
     low, high = 0, n  # `high` is known to be within the tolerance, all below `low` are not
     while low < high:
         kept = (low + high) // 2 if steps.keys() - {n} else 0  # none first: often that is enough
-        steps[kept] = Measured(kept, *measure([types(order[:kept])], windows, f"{kept} layers kept")[0])
+        steps[kept] = Measured(kept, *run([types(order[:kept])], windows, f"{kept} layers kept")[0])
         low, high = (low, kept) if steps[kept].damage <= tolerance else (kept + 1, high)
     sizes = []
     for dtypes in (types(order[:high]), [base] * n, [keep] * n):
-        with KVCache(model, dtypes, max_tokens=1, write_buffer=write_buffer) as cache:
+        with KVCache(model, dtypes, max_tokens=1, **how) as cache:
             sizes.append(cache.stats()["bytes_per_token"])
     tried = [steps[kept] for kept in sorted(steps)]
     return CacheChoice(
@@ -165,8 +167,10 @@ def _bad(name):
     raise ArgumentError(f"found {name!r}, expected the name of an element type: the layers' types are what is chosen here")
 
 
-def _measure(model, candidates, reference, windows, write_buffer, title):
-    """(damage, loss_change, loss_error) of each list of layer types, over all tokens of the windows."""
+def measure(model, candidates, windows, reference: str = "auto", title: str | None = None, **how):
+    """(damage, loss_change, loss_error), as `Measured` has them, of each of the lists of layer types against a cache that is all `reference`, over
+    all tokens of the windows (lists of token ids). title: of a progress bar. how: options of the caches."""
+    windows = [np.asarray(ids) for ids in windows]
     rows = [[] for _ in candidates]
     with tqdm(total=len(windows) * (1 + len(candidates)), desc=title, unit="run", disable=title is None) as bar:
         for ids in windows:
@@ -174,7 +178,7 @@ def _measure(model, candidates, reference, windows, write_buffer, title):
                 right = model.forward(ids, cache.sequence())
             bar.update()
             for found, dtypes in zip(rows, candidates, strict=True):
-                with KVCache(model, dtypes, max_tokens=len(ids), write_buffer=write_buffer) as cache:
+                with KVCache(model, dtypes, max_tokens=len(ids), **how) as cache:
                     sequence = cache.sequence()
                     for piece in _pieces(len(ids)):
                         logits, targets = model.forward(ids[piece], sequence), ids[piece.start + 1 : piece.stop + 1]

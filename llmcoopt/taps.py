@@ -20,7 +20,8 @@ class Tap:
 
     Points, and the width of their rows:
         "attention_input": what q, k and v are computed from; hidden_size
-        "q", "k", "v": after rope, "k" and "v" before the cache rounds them; heads * head_dim, kv heads * head_dim
+        "q", "k", "v": after rope, "k" and "v" before the cache rounds them; heads * head_dim, kv heads * head_dim. Where the cache has keys and
+            queries turned (KVCache's turn_keys), "q" and "k" are turned back, exact to float32 rounding.
         "attended": what attention gives and the o projection is computed from; heads * head_dim
         "mlp_input": what gate and up are computed from; hidden_size
         "down_input": silu(gate) * up; intermediate_size

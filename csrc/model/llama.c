@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "../base/hadamard.h"
 #include "internal.h"
 
 /* Buffers of one step, float32, rows in batch order. */
@@ -241,6 +242,19 @@ static void see(const step *s, lco_tap_point point, int64_t layer, const float *
         tap->see(tap->ctx, point, layer, rows, s->m * lco_tap_width(&s->model->config, point));
 }
 
+/* q or k as they are before a cache of one-byte codes has them turned: turned back into `attended`, which attention fills later. */
+static void see_turned(const step *s, lco_tap_point point, int64_t layer, const float *rows)
+{
+    const int64_t d = s->kv[layer].head_dim, n = s->m * lco_tap_width(&s->model->config, point);
+    const float factor = 1 / (lco_hadamard_factor(d, point == LCO_TAP_K) * (float)lco_hadamard_run(d));
+    if (s->batch->tap == NULL || s->status != LCO_OK)
+        return;
+    memcpy(s->b.attended, rows, (size_t)n * sizeof(float));
+    for (int64_t i = 0; s->kv[layer].turned && i < n; i += d)
+        lco_hadamard(s->b.attended + i, d, factor);
+    see(s, point, layer, s->b.attended);
+}
+
 /* mlp() in the steps that it is made of, to the bit, so that a tap can look between them. */
 static void seen_mlp(step *s, const lco_layer *layer, int64_t index)
 {
@@ -270,8 +284,8 @@ static void layer_forward(step *s, int64_t index)
         norm(s, b->k, b->k, layer->k_norm, s->m * c->n_kv_heads, c->head_dim);
     }
     rope_append(s, index);
-    see(s, LCO_TAP_Q, index, b->q);
-    see(s, LCO_TAP_K, index, b->k);
+    see_turned(s, LCO_TAP_Q, index, b->q);
+    see_turned(s, LCO_TAP_K, index, b->k);
     see(s, LCO_TAP_V, index, b->v);
     attention(s, index);
     see(s, LCO_TAP_ATTENDED, index, b->attended);

@@ -67,6 +67,18 @@ def test_every_point_against_the_specification(tmp_path, isa, monkeypatch, famil
         assert error(found[place], rows) < BOUND, place
 
 
+def test_turned_keys_and_queries_are_shown_as_they_were(model):
+    """A cache that has them turned shows the same but for rounding; layer 0, whose input is exact."""
+    ids, seen = prompt(60, model.config.vocab_size), []
+    for turn_keys in (True, False):
+        with llmcoopt.KVCache(model, "int8", turn_keys=turn_keys) as cache:
+            seen.append(Notes())
+            model.forward(ids, cache.sequence(), tap=Tap(["q", "k", "v"], seen[-1], layers=[0]))
+    for (point, _, turned), (_, _, plain) in zip(*(notes.seen for notes in seen), strict=True):
+        assert error(turned, plain) < 1e-6, point
+        assert (point == "v") == np.array_equal(turned, plain)
+
+
 def test_nothing_else_changes(model):
     """Logits and the cache, with chunks cut shorter, all logits or the last, prompt and single tokens."""
     rng = np.random.default_rng(0)
