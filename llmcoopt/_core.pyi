@@ -55,6 +55,14 @@ class KVCache:
 
     def forget_prefixes(self) -> None: ...
     def reset_counters(self) -> None: ...
+    def page_out(self, page: int, buffer: Buffer) -> None: ...
+    def page_in(self, data: Buffer) -> int:
+        """A page with these bytes, held until page_drop(); returns its number."""
+
+    def page_drop(self, page: int) -> None: ...
+    def restore(self, length: int, exact: int, unseen: int, ids: bytes, table: bytes, tail: bytes) -> Sequence:
+        """A sequence as Sequence.image() gave it, on pages of page_in()."""
+
     def step_tokens(self) -> int:
         """The most tokens of one sequence that a step may append."""
 
@@ -69,6 +77,9 @@ class Sequence:
     def length(self) -> int: ...
     def ids(self) -> bytes:
         """int32 ids of the tokens held."""
+
+    def image(self) -> tuple[int, int, int, bytes, bytes, bytes]:
+        """(length, exact, unseen, ids, table, tail) for a file."""
 
     def adopt(self, ids: Buffer) -> int:
         """An empty sequence takes over the pages that the prefix index has of int32 ids; returns how many tokens that is."""

@@ -1,6 +1,8 @@
 """KVCache and Sequence: the paged key/value cache, seen from Python."""
 
+import itertools
 import os
+import weakref
 from array import array
 
 import numpy as np
@@ -105,6 +107,8 @@ class KVCache:
         self.prefix_cache = bool(prefix_cache)
         self.turn_keys = bool(turn_keys) and kv_scales == "block" and any(name in SCALED for name in self.layer_dtypes)
         self._skipped = {"padding": 0, "duplicate": 0}
+        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self._numbers = itertools.count()
         self._core = _core.KVCache(
             *(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache),
             turn_keys=self.turn_keys,
@@ -141,6 +145,45 @@ class KVCache:
     def forget_prefixes(self) -> None:
         """Empties the prefix index; pages that nobody else holds are free."""
         self._core.forget_prefixes()
+
+    def save(self, path, sequences=None) -> None:
+        """Writes sequences of this cache to a file, from which `load` brings them back to the bit.
+
+        sequences: a Sequence or a list of them; pages that they share are written once. None: all that are alive (`load` gives them in the order in
+        which they were made). The file is complete or not there: it is written beside `path` and then moved. Raises ArgumentError for
+        sequences of another cache or in use, StorageError and OSError."""
+        from .cache_file import save
+
+        if sequences is None:
+            sequences = sorted(self._sequences, key=lambda sequence: sequence._number)
+        sequences = [sequences] if isinstance(sequences, Sequence) else list(sequences)
+        for sequence in sequences:
+            if not isinstance(sequence, Sequence) or sequence.cache is not self:
+                raise ArgumentError(f"sequences: found {sequence!r}, expected sequences of this cache")
+        save(self, sequences, path)
+
+    def load(self, path) -> list["Sequence"]:
+        """The sequences of a file that `save` wrote, as new sequences of this cache, which must be like the one that they came from: element types,
+        page_size, write_buffer, turn_keys, kv_scales, window and sinks, and above all the model; ArgumentError says what differs. FormatError for
+        damaged files (every page has a checksum), OutOfPagesError; then the cache is as it was."""
+        from .cache_file import CacheFile
+
+        return [Sequence(self, core) for core in CacheFile(path).load(self)]
+
+    @classmethod
+    def from_file(cls, model, path, **options) -> tuple["KVCache", list["Sequence"]]:
+        """(cache, sequences): a cache like the one that was saved, with its sequences. options: as for KVCache, where the file does not say."""
+        from .cache_file import CacheFile
+
+        about = CacheFile(path).about
+        kept = {name: about[name] for name in ("page_size", "write_buffer", "turn_keys", "kv_scales")}
+        kept |= {"dtype": about["dtypes"], "attention_window": about["window"], "attention_sinks": about["sinks"]}
+        cache = cls(model, **(kept | options))
+        try:
+            return cache, cache.load(path)
+        except BaseException:
+            cache.close()
+            raise
 
     def check(self) -> None:
         """Proves the cache's invariants (no page lost, none counted twice); FormatError names the first that fails."""
@@ -205,6 +248,8 @@ class Sequence:
     def __init__(self, cache: KVCache, core):
         self.cache = cache
         self._core = core
+        self._number = next(cache._numbers)
+        cache._sequences.add(self)
 
     @property
     def ids(self) -> list[int]:
@@ -245,6 +290,7 @@ class Sequence:
     def free(self) -> None:
         """Returns the pages at once (otherwise they return when the object goes)."""
         self._core.free()
+        self.cache._sequences.discard(self)
 
     def __repr__(self):
         try:

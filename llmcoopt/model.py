@@ -1,6 +1,7 @@
 """Model: weights and shape of a Llama-family model, and its forward pass."""
 
 import contextlib
+import functools
 import weakref
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Model:
         self.generation_config = checkpoint.generation_config
         self.cache_scales = checkpoint.cache_scales
         tensors = list(checkpoint.tensors.values())
+        self._tensors = tensors
         self._core = _core.Model(
             self.config.to_core(), [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors], threads or _limits.cpus(), isa
         )
@@ -74,6 +76,13 @@ class Model:
             raise UnsupportedError(f"device = {device!r}: this version runs on the CPU; pass device='cpu' or leave it out")
         path = loaders.resolve(pretrained_model_name_or_path, revision=revision)
         return cls(loaders.load(path, dtype=dtype, tie_word_embeddings=tie_word_embeddings), threads=threads, isa=isa)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the weights: of the configuration and samples of every tensor. Saved caches carry it."""
+        from .cache_file import fingerprint
+
+        return fingerprint(self.config, self._tensors)
 
     @property
     def name(self) -> str:
@@ -140,6 +149,7 @@ class Model:
 
         Calls of other threads end with ArgumentError after the step or chunk that they are in, which this waits for.
         """
+        self._tensors = []  # they keep files mapped
         self._core.close()  # first: from here on no other thread computes, or makes a cache or a generation
         for items in (self._generations, self._caches):
             for item in _drain(items):

@@ -31,7 +31,7 @@ RANKS = [
     ["text"],
     ["chat", "streaming"],
     ["tokenizer"],
-    ["layer_types"],
+    ["layer_types", "cache_file"],
     ["cache"],
     ["generation"],
     ["model"],

@@ -54,6 +54,7 @@ struct lco_seq {
 };
 
 /* table.c: room in the table and the ids, and the tails. */
+lco_status lco_seq_need_tail(lco_seq *seq, lco_error *err);
 lco_status lco_seq_room(lco_seq *seq, int64_t pages, int64_t tokens, lco_error *err);
 
 /* page.c */

@@ -126,4 +126,21 @@ lco_status lco_seq_lost(const lco_seq *seq, lco_error *err);
 /* Keys and values of a layer as the next token's attention reads them, float32 [n, kv_heads, head_dim] each. `n` is the length. */
 lco_status lco_seq_read(const lco_seq *seq, int32_t layer, int64_t n, float *keys, float *values, lco_error *err);
 
+/* A sequence as a file may hold it. Pointers of lco_seq_get_image() are good until the sequence changes. */
+typedef struct {
+    int64_t length, exact,
+        unseen; /* exact: leading tokens that are what a prompt computes; unseen: leading pages that have left the window */
+    int64_t n_pages;
+    const int32_t *ids, *table; /* [length], [n_pages] with LCO_NO_PAGE where a page was released */
+    const uint8_t *tail;
+    size_t tail_bytes; /* 0: none */
+} lco_seq_image;
+lco_seq_image lco_seq_get_image(const lco_seq *seq);
+/* A sequence on pages that lco_kv_page_in() gave (or others hold). LCO_EFORMAT when the image contradicts itself or the cache. */
+lco_status lco_seq_from_image(lco_kv *kv, const lco_seq_image *image, lco_seq **out, lco_error *err);
+/* A page's bytes, wherever it lies; a page with these bytes, held by the caller until lco_kv_page_drop(). */
+lco_status lco_kv_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err);
+lco_status lco_kv_page_in(lco_kv *kv, const uint8_t *bytes, int32_t *page, lco_error *err);
+void lco_kv_page_drop(lco_kv *kv, int32_t page);
+
 #endif

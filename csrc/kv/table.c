@@ -79,7 +79,7 @@ static lco_status grow_ids(lco_seq *seq, int64_t n, lco_error *err)
     return LCO_OK;
 }
 
-static lco_status need_tail(lco_seq *seq, lco_error *err)
+lco_status lco_seq_need_tail(lco_seq *seq, lco_error *err)
 {
     const size_t bytes = seq->kv->tail_bytes;
     if (bytes == 0 || seq->tails != NULL)
@@ -111,7 +111,7 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
     int64_t n = pages_for(seq, seq->length); /* reserved pages past the length are not shared */
     status = lco_seq_room(copy, n, seq->length, err);
     if (status == LCO_OK && seq->tails != NULL)
-        status = need_tail(copy, err);
+        status = lco_seq_need_tail(copy, err);
     if (status != LCO_OK) {
         lco_seq_destroy(copy);
         *out = NULL;
@@ -190,7 +190,7 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
             (long long)kv->options.max_tokens, kv->options.host_bytes > 0 ? " and host_bytes, give a spill_path," : "");
     lco_status status = lco_seq_room(seq, want, seq->length + n, err);
     if (status == LCO_OK && n > 0)
-        status = need_tail(seq, err);
+        status = lco_seq_need_tail(seq, err);
     if (status != LCO_OK)
         return status;
     if (copy && (status = own_page(seq, open, err)) != LCO_OK)

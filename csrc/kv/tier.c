@@ -194,6 +194,15 @@ lco_status lco_tier_open(lco_kv *kv, int32_t page, bool fill, lco_error *err)
     return LCO_OK;
 }
 
+lco_status lco_tier_settle(lco_kv *kv, int32_t page, lco_error *err)
+{
+    lco_tier *tier = kv->tier;
+    if (tier == NULL)
+        return LCO_OK;
+    make_hot(tier, page);
+    return tier->hot > tier->most_hot ? spill(tier, page, err) : LCO_OK;
+}
+
 void lco_tier_dirty(lco_kv *kv, int32_t page)
 {
     if (kv->tier != NULL)
@@ -212,14 +221,16 @@ void lco_tier_forget(lco_kv *kv, int32_t page)
     tier->is_hot[page] = tier->away[page] = tier->copied[page] = tier->cut[page] = false;
 }
 
-lco_status lco_tier_copy(lco_kv *kv, int32_t to, int32_t from, lco_error *err)
+lco_status lco_tier_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err)
 {
-    if (kv->tier == NULL || !kv->tier->away[from])
-        memcpy(address(kv, to), address(kv, from), kv->page_bytes);
-    else if (!read_page(kv->tier, from, address(kv, to), kv->page_bytes, 0))
-        return unreadable(kv->tier, from, errno, err);
+    if (kv->tier == NULL || !kv->tier->away[page])
+        memcpy(bytes, address(kv, page), kv->page_bytes);
+    else if (!read_page(kv->tier, page, bytes, kv->page_bytes, 0))
+        return unreadable(kv->tier, page, errno, err);
     return LCO_OK;
 }
+
+lco_status lco_tier_copy(lco_kv *kv, int32_t to, int32_t from, lco_error *err) { return lco_tier_page_out(kv, from, address(kv, to), err); }
 
 void lco_tier_recall(lco_seq *seq)
 {

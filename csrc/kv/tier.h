@@ -59,10 +59,12 @@ void lco_tier_reset_counters(lco_kv *kv);
 
 /* Makes page `page` hot: `fill` when what it held must be there again. Sends others away for it. */
 lco_status lco_tier_open(lco_kv *kv, int32_t page, bool fill, lco_error *err);
-void lco_tier_forget(lco_kv *kv, int32_t page);                                 /* the page is free */
-lco_status lco_tier_copy(lco_kv *kv, int32_t to, int32_t from, lco_error *err); /* `to` is hot; `from` may be away */
-void lco_tier_dirty(lco_kv *kv, int32_t page);                                  /* rows go to it: the file's copy is stale */
-void lco_tier_recall(lco_seq *seq);                                             /* pages come back, newest first, while there is room */
-bool lco_tier_sound(const lco_kv *kv, int64_t *page);                           /* for lco_kv_check */
+void lco_tier_forget(lco_kv *kv, int32_t page);                                         /* the page is free */
+lco_status lco_tier_copy(lco_kv *kv, int32_t to, int32_t from, lco_error *err);         /* `to` is hot; `from` may be away */
+lco_status lco_tier_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err); /* its bytes, wherever it lies */
+lco_status lco_tier_settle(lco_kv *kv, int32_t page, lco_error *err); /* a new page, at its address: stays if there is room, or goes away */
+void lco_tier_dirty(lco_kv *kv, int32_t page);                        /* rows go to it: the file's copy is stale */
+void lco_tier_recall(lco_seq *seq);                                   /* pages come back, newest first, while there is room */
+bool lco_tier_sound(const lco_kv *kv, int64_t *page);                 /* for lco_kv_check */
 
 #endif

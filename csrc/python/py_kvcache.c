@@ -172,7 +172,7 @@ static PyObject *cache_close(cache_object *self, PyObject *Py_UNUSED(arg))
     Py_RETURN_NONE;
 }
 
-static PyObject *cache_sequence(cache_object *self, PyObject *Py_UNUSED(arg))
+static sequence_object *new_sequence(cache_object *self)
 {
     core_state *state = lco_py_state((PyObject *)self);
     allocfunc alloc = (allocfunc)PyType_GetSlot(state->sequence_type, Py_tp_alloc);
@@ -181,6 +181,14 @@ static PyObject *cache_sequence(cache_object *self, PyObject *Py_UNUSED(arg))
         return NULL;
     Py_INCREF((PyObject *)self);
     seq->cache = self;
+    return seq;
+}
+
+static PyObject *cache_sequence(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    sequence_object *seq = new_sequence(self);
+    if (seq == NULL)
+        return NULL;
     lco_error err;
     lco_status status;
     lco_kv *kv;
@@ -265,6 +273,91 @@ static PyObject *cache_reset_counters(cache_object *self, PyObject *Py_UNUSED(ar
     Py_RETURN_NONE;
 }
 
+static PyObject *cache_page_out(cache_object *self, PyObject *args)
+{
+    int page;
+    Py_buffer bytes;
+    PyObject *object;
+    if (!PyArg_ParseTuple(args, "iO:page_out", &page, &object) || PyObject_GetBuffer(object, &bytes, PyBUF_WRITABLE) != 0)
+        return NULL;
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)),
+           status = bytes.len == lco_kv_get_stats(kv).page_bytes
+                        ? lco_kv_page_out(kv, page, bytes.buf, &err)
+                        : lco_fail(&err, LCO_EINVAL, "a buffer of %lld bytes", (long long)bytes.len));
+    PyBuffer_Release(&bytes);
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    Py_RETURN_NONE;
+}
+
+static PyObject *cache_page_in(cache_object *self, PyObject *object)
+{
+    Py_buffer bytes;
+    if (PyObject_GetBuffer(object, &bytes, PyBUF_SIMPLE) != 0)
+        return NULL;
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    int32_t page = 0;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)),
+           status = bytes.len == lco_kv_get_stats(kv).page_bytes
+                        ? lco_kv_page_in(kv, bytes.buf, &page, &err)
+                        : lco_fail(&err, LCO_EINVAL, "a buffer of %lld bytes", (long long)bytes.len));
+    PyBuffer_Release(&bytes);
+    return status == LCO_OK ? PyLong_FromLong(page) : lco_py_raise((PyObject *)self, &err);
+}
+
+static PyObject *cache_page_drop(cache_object *self, PyObject *arg)
+{
+    const long page = PyLong_AsLong(arg);
+    if (page == -1 && PyErr_Occurred())
+        return NULL;
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), lco_kv_page_drop(kv, (int32_t)page));
+    if (status != LCO_OK)
+        return lco_py_raise((PyObject *)self, &err);
+    Py_RETURN_NONE;
+}
+
+static PyObject *cache_restore(cache_object *self, PyObject *args)
+{
+    lco_seq_image image = {0};
+    long long length, exact, unseen;
+    Py_buffer ids, table, tail;
+    if (!PyArg_ParseTuple(args, "LLLy*y*y*:restore", &length, &exact, &unseen, &ids, &table, &tail))
+        return NULL;
+    image = (lco_seq_image){.length = length, .exact = exact, .unseen = unseen, .n_pages = table.len / 4};
+    image.ids = ids.buf;
+    image.table = table.buf;
+    image.tail = tail.buf;
+    image.tail_bytes = (size_t)tail.len;
+    lco_error err;
+    lco_status status = LCO_OK;
+    lco_kv *kv;
+    lco_seq *native = NULL;
+    sequence_object *seq = new_sequence(self);
+    if (seq != NULL && length != ids.len / 4)
+        status = lco_fail(&err, LCO_EFORMAT, "%lld tokens with %lld ids", length, (long long)(ids.len / 4));
+    else if (seq != NULL)
+        LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), status = lco_seq_from_image(kv, &image, &native, &err));
+    PyBuffer_Release(&tail);
+    PyBuffer_Release(&table);
+    PyBuffer_Release(&ids);
+    if (seq == NULL)
+        return NULL;
+    seq->seq = native;
+    if (status == LCO_OK)
+        return (PyObject *)seq;
+    lco_py_raise((PyObject *)self, &err);
+    Py_DECREF(seq);
+    return NULL;
+}
+
 static PyObject *cache_check(cache_object *self, PyObject *Py_UNUSED(arg))
 {
     lco_error err;
@@ -285,6 +378,13 @@ static PyMethodDef cache_methods[] = {
      "forget_prefixes()\n--\n\nEmpty the prefix index."},
     {"reset_counters", (PyCFunction)(void (*)(void))cache_reset_counters, METH_NOARGS,
      "reset_counters()\n--\n\nSet the counters of stats() to zero that count since the cache was made."},
+    {"page_out", (PyCFunction)(void (*)(void))cache_page_out, METH_VARARGS,
+     "page_out(page, buffer)\n--\n\nCopy a page's bytes into a buffer of page_bytes."},
+    {"page_in", (PyCFunction)(void (*)(void))cache_page_in, METH_O,
+     "page_in(bytes)\n--\n\nA page with these bytes, held until page_drop(); returns its number."},
+    {"page_drop", (PyCFunction)(void (*)(void))cache_page_drop, METH_O, "page_drop(page)\n--\n\nGive back a page of page_in()."},
+    {"restore", (PyCFunction)(void (*)(void))cache_restore, METH_VARARGS,
+     "restore(length, exact, unseen, ids, table, tail)\n--\n\nA sequence as Sequence.image() gave it, on pages of page_in()."},
     {"check", (PyCFunction)(void (*)(void))cache_check, METH_NOARGS,
      "check()\n--\n\nProve the cache's invariants; FormatError names the first that fails."},
     {"close", (PyCFunction)(void (*)(void))cache_close, METH_NOARGS, "close()\n--\n\nGive all memory back; sequences of this cache end."},
@@ -394,6 +494,27 @@ static PyObject *sequence_adopt(sequence_object *self, PyObject *arg)
     return status == LCO_OK ? PyLong_FromLongLong(found) : lco_py_raise((PyObject *)self, &err);
 }
 
+static PyObject *sequence_image(sequence_object *self, PyObject *Py_UNUSED(arg))
+{
+    if (claim(self) != 0) /* nobody changes it while its parts are copied */
+        return NULL;
+    lco_error err;
+    lco_status status;
+    lco_seq *seq;
+    lco_seq_image image = {0};
+    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), image = lco_seq_get_image(seq));
+    PyObject *result = NULL;
+    if (status != LCO_OK)
+        lco_py_raise((PyObject *)self, &err);
+    else
+        result = Py_BuildValue("(LLLy#y#y#)", (long long)image.length, (long long)image.exact, (long long)image.unseen,
+                               image.length > 0 ? (const char *)image.ids : "", (Py_ssize_t)image.length * 4,
+                               image.n_pages > 0 ? (const char *)image.table : "", (Py_ssize_t)image.n_pages * 4,
+                               image.tail_bytes > 0 ? (const char *)image.tail : "", (Py_ssize_t)image.tail_bytes);
+    self->busy--;
+    return result;
+}
+
 static PyObject *sequence_read(sequence_object *self, PyObject *args)
 {
     PyObject *keys_object, *values_object;
@@ -499,6 +620,8 @@ static PyMethodDef sequence_methods[] = {
     {"length", (PyCFunction)(void (*)(void))sequence_length, METH_NOARGS, "length()\n--\n\nTokens held."},
     {"adopt", (PyCFunction)(void (*)(void))sequence_adopt, METH_O,
      "adopt(ids)\n--\n\nAn empty sequence takes over the pages that the prefix index has of int32 ids; returns how many tokens that is."},
+    {"image", (PyCFunction)(void (*)(void))sequence_image, METH_NOARGS,
+     "image()\n--\n\n(length, exact, unseen, ids, table, tail) for a file: numbers, then bytes."},
     {"read", (PyCFunction)(void (*)(void))sequence_read, METH_VARARGS,
      "read(layer, keys, values)\n--\n\nKeys and values of a layer into float32 arrays [length, kv_heads, head_dim]."},
     {"fork", (PyCFunction)(void (*)(void))sequence_fork, METH_NOARGS,

@@ -3,12 +3,14 @@
 All rows are computed by the `ref` operators, whose rows don't depend on whether they come as a prompt or one by one, so logits must be equal to
 the bit, whatever was shared, cut, moved or found in the meantime."""
 
+import tempfile
+
 import numpy as np
 import pytest
 from checkpoints import make
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
 
 import llmcoopt
 from llmcoopt.errors import ArgumentError, OutOfPagesError
@@ -177,6 +179,23 @@ class Cache(RuleBasedStateMachine):
         if self.cache.dtype not in llmcoopt.cache.SCALED:
             return True
         return self.cache.write_buffer and (length % 16 == 0 or length // 16 == before // 16)
+
+    @rule(target=sequences, pair=sequences)
+    def save_and_load(self, pair):
+        sequence, plain = pair
+        with tempfile.TemporaryDirectory() as folder:
+            self.cache.save(f"{folder}/saved", sequence)
+            try:
+                (loaded,) = self.cache.load(f"{folder}/saved")
+            except OutOfPagesError:
+                return multiple()
+        if (
+            len(sequence) % 16 and self.cache.write_buffer
+        ):  # what truncate() would come back to is not saved: go on from a block's beginning
+            length = len(sequence) // 16 * 16
+            loaded.truncate(length)
+            return self.keep(loaded, Plain([plain.ids[:length]] if self.is_exact(length, len(plain.ids)) else [*plain.steps, length]))
+        return self.keep(loaded, Plain(plain.steps))
 
     @rule(pair=consumes(sequences))
     def free(self, pair):
