@@ -169,6 +169,24 @@ class Bench:
             2.0 * tokens * g * d * SIZE[dtype],
             4.0 * pairs * h * d,
         )
+        if m == 1:
+            yield self.choice(shape, where | {"items": items, "n_kv_heads": g}, q, what)
+
+    def choice(self, shape: Shape, where: dict, q: np.ndarray, what: str) -> Case:
+        """choose_pages where few pages can be left out: the bounds are all alike."""
+        table, _, _, context, *_ = where["items"][0]
+        g, d, cache = shape.kv_heads, shape.head_dim, self.memory.view(np.uint8)
+        chosen, counts, masses = (
+            np.zeros((1, g, context // PAGE // 64 + 1), np.uint64),
+            np.zeros((1, g, 2), np.int64),
+            np.zeros((1, g), "f"),
+        )
+        bounds = np.full((len(cache) // page_bytes(shape, where["dtype"]), g, 2, d), 0x3F80, np.uint16)
+
+        def call():
+            self.ctx.choose_pages(chosen, counts, masses, q, bounds, cache, scale=d**-0.5, tolerance=0.01, **where)
+
+        return Case("choose_pages", what, call, len(table) * g * 4.0 * d, 4.0 * len(table) * shape.heads * d)
 
     def cases(self, shape: Shape, ops: list[str], dtypes: list[str], cache_dtypes: list[str]) -> Iterator[Case]:
         every = []
@@ -182,7 +200,7 @@ class Bench:
             every += [self.mlp(shape, m, t) for t in dtypes for m in (64, 512)]
         if {"embed", "rmsnorm", "swiglu"} & set(ops):
             every += [self.small(shape, m) for m in (1, 512)]
-        if {"rope_append", "attention"} & set(ops):
+        if {"rope_append", "attention", "choose_pages"} & set(ops):
             steps = ((1, 1023), (1, 8191), (1, 16383), (1, 65535), (512, 0), (512, 2048))
             every += [self.cache_ops(shape, m, context, t) for m, context in steps for t in cache_dtypes]
         for case in itertools.chain.from_iterable(every):
@@ -216,7 +234,7 @@ def normal_bfloat16(size: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = ["linear", "embed", "rmsnorm", "swiglu", "rope_append", "attention"]
+    known = ["linear", "embed", "rmsnorm", "swiglu", "rope_append", "attention", "choose_pages"]
     parser.add_argument("--ops", nargs="*", default=known, choices=known)
     parser.add_argument("--isa", nargs="*", default=[isa for isa in _core.isas() if isa != "ref"], choices=_core.isas())
     parser.add_argument("--shapes", nargs="*", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])

@@ -47,6 +47,9 @@ class KVCache:
         turn_keys: bool = True,
         layer_dtypes: list[str] | None = None,
         fixed_scales: Buffer | None = None,
+        window: int = 0,
+        sinks: int = 0,
+        page_tolerance: float = 0.0,
     ) -> None:
         """layer_dtypes: of every layer, in place of dtype. fixed_scales: float32 [layers, k|v, kv_heads], for layers of fp8_e4m3."""
 
@@ -56,7 +59,7 @@ class KVCache:
         """The most tokens of one sequence that a step may append."""
 
     def sequence(self) -> Sequence: ...
-    def stats(self) -> dict[str, int]: ...
+    def stats(self) -> dict[str, Any]: ...
     def check(self) -> None: ...
     def close(self) -> None: ...
 
@@ -160,6 +163,27 @@ class OpContext:
         items: _Sequence,
         scale: float,
         window: int = 0,
+        sinks: int = 0,
+        chosen: Buffer | None = None,
+    ) -> None: ...
+    def choose_pages(
+        self,
+        chosen: Buffer,
+        counts: Buffer,
+        masses: Buffer,
+        q: Buffer,
+        bounds: Buffer,
+        cache: Buffer,
+        dtype: str,
+        page_size: int,
+        n_layers: int,
+        n_kv_heads: int,
+        layer: int,
+        items: _Sequence,
+        scale: float,
+        tolerance: float,
+        window: int = 0,
+        sinks: int = 0,
     ) -> None: ...
 
 def isas() -> list[str]:

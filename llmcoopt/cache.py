@@ -37,6 +37,13 @@ class KVCache:
         host_bytes: the most memory for pages. None: no bound but max_tokens; with spill_path half of this machine's memory.
         spill_path: a folder, or the name of a file to make there: pages beyond host_bytes lie in that file, the oldest tokens of a sequence first,
             and are read from there as attention needs them. Results are the same to the bit. The file goes with the cache.
+        attention_window: approximate: a token attends to the newest `attention_window` tokens (itself included) and to the first
+            `attention_sinks` of its sequence only; where a layer of the model has a shorter window of its own, that one holds. None: as the model
+            was trained. Pages that no token to come attends to are released.
+        attention_sinks: tokens at the beginning that stay visible; only with attention_window.
+        page_tolerance: approximate: a token computed alone (not as part of a prompt) may leave out pages whose attention weights sum to at most this
+            (of 1) for each head, which is proven from the least and largest keys of each page; those are kept beside the pages, 2 numbers of
+            16 bit a channel. Where nearly all pages are needed it reads all. stats() counts. None or 0: exact.
 
         prefix_cache: keep full pages of prompts when their sequences go, and find them again for prompts that begin alike. Results are the same to
             the bit. Such pages count as free and are given up when others need them, longest unused first.
@@ -62,6 +69,9 @@ class KVCache:
         calibration=None,
         tolerance: float = 0.001,
         tokenizer=None,
+        attention_window: int | None = None,
+        attention_sinks: int = 0,
+        page_tolerance: float | None = None,
     ):
         self.model = model
         self.choice = None
@@ -87,6 +97,9 @@ class KVCache:
             raise ArgumentError(f"host_bytes = {host_bytes!r}, expected None or a whole number of bytes")
         path = os.fspath(spill_path) if spill_path is not None else None
         self.host_bytes, self.spill_path = host_bytes, spill_path
+        self.attention_window = None if attention_window is None else _whole("attention_window", attention_window, 1)
+        self.attention_sinks = _whole("attention_sinks", attention_sinks, 0)
+        self.page_tolerance = _share("page_tolerance", page_tolerance or 0.0)
         self.prefix_cache = bool(prefix_cache)
         self.turn_keys = bool(turn_keys) and any(name in SCALED for name in self.layer_dtypes) and scales is None
         self._skipped = {"padding": 0, "duplicate": 0}
@@ -104,6 +117,9 @@ class KVCache:
             ),
             layer_dtypes=list(self.layer_dtypes),
             fixed_scales=scales,
+            window=self.attention_window or 0,
+            sinks=self.attention_sinks,
+            page_tolerance=self.page_tolerance,
         )
         self.page_size = page_size
         model._caches.add(self)
@@ -119,7 +135,9 @@ class KVCache:
         layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and bytes_fetched (a slice: a layer of a page
         that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead), bytes_written (codes, scales
         and 16-bit rows that went to pages), and writes_skipped: tokens not computed and written, by reason: "padding" (masked out), "prefix" (found
-        in the prefix index), "duplicate" (the sequence held them already: `Sequence.keep`). pages_cached: held by the prefix index alone."""
+        in the prefix index), "duplicate" (the sequence held them already: `Sequence.keep`). pages_cached: held by the prefix index alone. pages_released: left the
+        window. pages_read and pages_left_out, largest_mass_left_out, step_mass_left_out, bounds_bytes: of
+        page_tolerance (docs/cache.md)."""
         stats = self._core.stats()
         return stats | {"writes_skipped": self._skipped | {"prefix": stats.pop("tokens_found")}}
 
@@ -154,8 +172,18 @@ class KVCache:
         return (
             f"KVCache({types_text(self.layer_dtypes)}, {s['tokens_held']} tokens in {_sequences(s)}, "
             f"{s['pages_total'] - s['pages_free']} of {s['pages_total']} pages of {self.page_size}, {bytes_text(s['resident_bytes'])} in memory"
-            f"{self._away(s)})"
+            f"{self._away(s)}{self._approximations()})"
         )
+
+    def _approximations(self) -> str:
+        """What makes results differ from the model's, for repr: "" when nothing does."""
+        own = self.model.config.window or (0,)
+        said = []
+        if self.attention_window and any(w == 0 or w > self.attention_window for w in own):
+            said.append(f"window {self.attention_window}, {self.attention_sinks} sinks")
+        if self.page_tolerance:
+            said.append(f"pages left out up to {self.page_tolerance:g} of the weights")
+        return f", approximate: {', '.join(said)}" if said else ""
 
     def _away(self, stats: dict) -> str:
         if self.spill_path is None:
@@ -171,6 +199,8 @@ class KVCache:
             "pages": f"{used} of {s['pages_total']}, {self.page_size} tokens each, {s['pages_shared']} shared",
             "memory": f"{bytes_text(s['resident_bytes'])} resident, {bytes_text(s['reserved_bytes'])} reserved",
             "spilled": f"{s['pages_away']} pages{self._away(s)}" if self.spill_path is not None else "no spill file",
+            "pages left out": f"{s['pages_left_out']:,} of {s['pages_read'] + s['pages_left_out']:,}, at most {s['largest_mass_left_out']:.2g}",
+            "attention": self._approximations().removeprefix(", ") or "exact",
             "bytes per token": f"{s['bytes_per_token']:,}",
             "write buffers": bytes_text(s["tail_bytes"]),
         }
@@ -239,6 +269,18 @@ def of_model(item, kind: type, model, what: str):
     if owner.model is not model:
         raise ArgumentError(f"{what}: its cache belongs to another model, {owner.model!r}")
     return item
+
+
+def _whole(name: str, value, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ArgumentError(f"{name} = {value!r}, expected a whole number of at least {least}")
+    return int(value)
+
+
+def _share(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, float | int | np.floating) or not 0 <= value < 1:
+        raise ArgumentError(f"{name} = {value!r}, expected a number from 0 to less than 1")
+    return float(value)
 
 
 def _sequences(stats: dict) -> str:

@@ -95,7 +95,7 @@ def rope(x, cos, sin):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attention(q, k, v, pos, scale, window=0):
+def attention(q, k, v, pos, scale, window=0, sinks=0):
     """Rows q[m, heads, d] at positions pos.. over k, v [tokens, kv_heads, d] of one sequence: (out[m, heads, d], bound[m, heads, d]).
 
     bound is the rounding model: an error of `bound` is one of EPS in every score's largest product sum and in every weight."""
@@ -105,7 +105,7 @@ def attention(q, k, v, pos, scale, window=0):
     scores = np.einsum("mhd,thd->hmt", q, k) * scale
     magnitude = np.einsum("mhd,thd->hmt", np.abs(q), np.abs(k)) * abs(scale)
     t, own = np.arange(len(k)), pos + np.arange(len(q))[:, None]
-    visible = (t <= own) & ((window == 0) | (t > own - window))
+    visible = (t <= own) & ((window == 0) | (t > own - window) | (t < sinks))
     scores = np.where(visible, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -114,13 +114,13 @@ def attention(q, k, v, pos, scale, window=0):
     return out, EPS * (1 + worst) * np.einsum("hmt,thd->mhd", p, np.abs(v))
 
 
-def attention_buffered(q, coded, own, pos, scale, window=0):
+def attention_buffered(q, coded, own, pos, scale, window=0, sinks=0):
     """attention() where a row reads the block of 16 of its own position from `own` (k, v), all earlier positions from `coded` (k, v)."""
     parts, end = [], pos + len(q)
     for begin in range(pos // BLOCK * BLOCK, end, BLOCK):
         first, stop = max(begin, pos), min(begin + BLOCK, end)
         k, v = (np.concatenate([a[:begin], b[begin:stop]]) for a, b in zip(coded, own, strict=True))
-        parts.append(attention(q[first - pos : stop - pos], k, v, first, scale, window))
+        parts.append(attention(q[first - pos : stop - pos], k, v, first, scale, window, sinks))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
@@ -257,3 +257,24 @@ def assert_close(found, expected, bound):
         raise AssertionError(
             f"at {at}: found {found[at]}, expected {expected[at]}, {ratio[at]:.3g} times the bound of {np.broadcast_to(bound, ratio.shape)[at]:.3g}"
         )
+
+
+def key_bounds(pages, layer):
+    """[pages, kv_heads, 2, d] bfloat16 bits: the least and the largest key of each channel of every page, rounded outward; infinite where a key is
+    not finite."""
+    result = np.empty((len(pages.data) // pages.page_bytes, pages.n_kv_heads, 2, pages.head_dim), np.uint16)
+    for number in range(len(result)):
+        keys = pages.read([number], layer, pages.page_size)[0].astype(np.float32)
+        for which, (end, sign) in enumerate(((keys.min(0), -1), (keys.max(0), 1))):
+            end = np.where(np.isfinite(keys).all((0, 2))[:, None], end, np.float32(sign * np.inf))
+            bits = end.view(np.uint32)
+            result[number, :, which] = (bits >> 16) + ((bits & 0xFFFF != 0) & (np.signbit(end) == (sign < 0)))
+    return result
+
+
+def weights(q, k, scale, seen):
+    """Attention weights of rows' heads q [heads, d] over keys k [tokens, kv_heads, d] where `seen` [tokens]: float64 [heads, tokens]."""
+    scores = np.einsum("hd,thd->ht", q.astype(np.float64), np.repeat(k.astype(np.float64), len(q) // k.shape[1], 1)) * scale
+    scores = np.where(seen, scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)

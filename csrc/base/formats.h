@@ -58,6 +58,8 @@ struct lco_kv_view {
     const float *fixed_scales; /* [k|v][kv_head] that all blocks have (base/codes.h); NULL: scales come from the data */
     bool buffered;             /* the block being filled is in the tail, not in the page (scaled types only) */
     const lco_kv_store *store; /* NULL: all pages are in memory */
+    const uint16_t *bounds;    /* of this layer of page 0, see lco_kv_bounds(); NULL: not kept */
+    size_t bounds_stride;      /* from page to page, elements */
 };
 
 enum { LCO_KEY = 0, LCO_VALUE = 1 };
@@ -91,6 +93,13 @@ static inline size_t lco_scales_offset(const lco_kv_view *kv, int64_t key_or_val
 {
     const size_t blocks = (size_t)(key_or_value * kv->n_kv_heads + kv_head) * (size_t)(kv->page_size / LCO_KV_BLOCK);
     return (size_t)2 * (size_t)kv->n_kv_heads * lco_kv_run_bytes(kv) + blocks * sizeof(float);
+}
+
+/* Of every full page, kv head and channel: no key, as attention reads it, is below the first or above the second of [2][head_dim] bfloat16. They
+ * lie in memory wherever the page does. Infinite where a key is not a number. */
+static inline const uint16_t *lco_kv_bounds(const lco_kv_view *kv, int64_t page, int64_t kv_head)
+{
+    return kv->bounds + (size_t)page * kv->bounds_stride + (size_t)(2 * kv_head * kv->head_dim);
 }
 
 /* A page's slice for writing, which is done to pages in memory only. */

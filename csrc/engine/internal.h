@@ -62,7 +62,10 @@ static inline int64_t lco_job_computed(const lco_job *job) { return lco_seq_leng
 static inline int64_t lco_job_generated(const lco_job *job) { return job->n_ids - job->n_prompt; }
 static inline bool lco_job_in_prompt(const lco_job *job) { return lco_job_computed(job) < job->n_prompt; }
 
-/* scheduler.c: decides who computes how many rows in this step and reserves their pages. Requests that can have none are failed. */
+/* scheduler.c: the most prompt tokens of a step. */
+int64_t lco_step_budget(const lco_engine *engine);
+
+/* Decides who computes how many rows in this step and reserves their pages. Requests that can have none are failed. */
 lco_status lco_schedule(lco_engine *engine, lco_error *err);
 
 /* batch.c: engine->batch out of the rows that were scheduled. */

@@ -3,8 +3,6 @@
 
 #include "internal.h"
 
-static int64_t pages_for(int64_t tokens, int64_t page_size) { return (tokens + page_size - 1) / page_size; }
-
 static lco_status check_ids(const char *name, const int32_t *ids, int64_t n, int32_t vocab, lco_error *err)
 {
     if (n < 0 || (n > 0 && ids == NULL))
@@ -36,14 +34,14 @@ static lco_status check_lengths(const lco_engine *engine, const lco_request *req
             (long long)n_prompt, (long long)base, (long long)max_new, (long long)max_positions,
             (long long)(n_prompt > max_positions - base ? 0 : max_positions - base - n_prompt));
     const int64_t tokens = base + n_prompt + (max_new > 0 ? max_new - 1 : 0); /* the last token is never computed */
-    const int64_t needed = pages_for(tokens, kv->page_size), total = pages_for(kv->max_tokens, kv->page_size);
+    const int64_t needed = lco_kv_most_pages(engine->kv, base, tokens, lco_step_budget(engine)), total = kv->max_tokens / kv->page_size;
     if (needed > total)
         return lco_fail(
             err, LCO_EPAGES,
             "the request needs %lld pages of %d tokens (%lld cached ids, prompt of %lld, max_new_tokens = %lld), the cache has %lld "
             "in all; make it with max_tokens of at least %lld (it has %lld)",
-            (long long)needed, kv->page_size, (long long)base, (long long)n_prompt, (long long)max_new, (long long)total, (long long)tokens,
-            (long long)kv->max_tokens);
+            (long long)needed, kv->page_size, (long long)base, (long long)n_prompt, (long long)max_new, (long long)total,
+            (long long)(tokens < needed * kv->page_size ? tokens : needed * kv->page_size), (long long)kv->max_tokens);
     return LCO_OK;
 }
 
@@ -92,8 +90,12 @@ static bool start_seen(lco_job *job, const lco_request *request, int32_t vocab)
     return true;
 }
 
-/* Gives back pages: all that the engine took, or those reserved past the length of a caller's sequence. */
-static void return_pages(lco_job *job) { (void)lco_seq_truncate(job->seq, job->owns_seq ? 0 : lco_seq_length(job->seq), NULL); }
+/* Gives back pages: all that the engine took, or those reserved past the length of a caller's sequence and those kept for going back. */
+static void return_pages(lco_job *job)
+{
+    (void)lco_seq_truncate(job->seq, job->owns_seq ? 0 : lco_seq_length(job->seq), NULL);
+    (void)lco_seq_hold(job->seq, 0, NULL);
+}
 
 lco_status lco_job_create(lco_engine *engine, const lco_request *request, lco_job **out, lco_error *err)
 {

@@ -1,11 +1,18 @@
 /* Who computes what in a step, and the pages for it.
  *
  * Running requests come first, oldest first: one token each, or the next chunk of their prompt while the step's budget of prompt tokens
- * lasts. Then waiting requests are admitted in order of arrival as long as a slot, budget and pages for all their ids are there; nobody
+ * lasts. Then waiting requests are admitted in order of arrival as long as a slot, budget and pages for all their ids are there (for as many as
+ * a window and a step need, where pages that leave it are released); nobody
  * overtakes. A request that needs a page when none is free pushes out the youngest running one (itself, if it is the youngest). As nobody
  * overtakes and the youngest goes first, the running requests always are the oldest. The oldest of all never yields, so every step makes
  * progress. */
 #include "internal.h"
+
+int64_t lco_step_budget(const lco_engine *engine)
+{
+    const int64_t most = lco_kv_step_tokens(engine->kv);
+    return engine->chunk < most ? engine->chunk : most;
+}
 
 static int64_t rows_wanted(const lco_job *job, int64_t budget)
 {
@@ -63,12 +70,14 @@ static lco_status admit(lco_engine *engine, bool alone, int64_t budget, bool *ad
 {
     lco_job *job = engine->jobs[engine->n_running];
     lco_error why;
+    const int64_t most = lco_kv_most_tokens(engine->kv, lco_step_budget(engine)); /* of a longer one, pages are released as it goes on */
     lco_status status = LCO_OK;
     int64_t found;
     if (lco_seq_length(job->seq) == 0 && lco_model_shares_prefixes(engine->model))
         status = lco_seq_adopt(job->seq, job->ids, job->n_prompt, &found, &why);
+    const int64_t left = job->n_ids - lco_job_computed(job);
     if (status == LCO_OK)
-        status = lco_seq_reserve(job->seq, job->n_ids - lco_job_computed(job), &why);
+        status = lco_seq_reserve(job->seq, left < most ? left : most, &why);
     if (status == LCO_OK)
         status = lco_seq_open(job->seq, rows_wanted(job, budget), &why);
     if (status != LCO_OK)
@@ -88,8 +97,7 @@ static lco_status admit(lco_engine *engine, bool alone, int64_t budget, bool *ad
 
 lco_status lco_schedule(lco_engine *engine, lco_error *err)
 {
-    const int64_t most = lco_kv_step_tokens(engine->kv);
-    int64_t budget = engine->chunk < most ? engine->chunk : most, able = 0; /* able: running and not failed */
+    int64_t budget = lco_step_budget(engine), able = 0; /* able: running and not failed */
     lco_kv_begin_step(engine->kv);
     for (int64_t i = 0; i < engine->n_running; i++) {
         lco_job *job = engine->jobs[i];

@@ -20,8 +20,14 @@ struct lco_kv {
     int32_t *free_stack; /* [n_pages] of the others the free ones, the next one to hand out last */
     int64_t n_stacked;
     lco_seq *sequences; /* list */
-    int64_t tokens_appended, blocks_quantised, pages_copied, tokens_found, bytes_written;
+    int64_t tokens_appended, blocks_quantised, pages_copied, pages_released, tokens_found, bytes_written;
     size_t block_bytes, token_bytes; /* that a block of one-byte layers and a token of the others write */
+    lco_kv_sight sight;              /* of the layer that sees most */
+    uint16_t *bounds;                /* lco_kv_bounds of all pages; NULL: not kept */
+    size_t bounds_bytes;             /* of a page */
+    float *bounds_row;               /* [3 * head_dim] to work in */
+    int64_t pages_read, pages_left_out;
+    float largest_mass, step_mass;
     size_t system_page;
     lco_tier *tier;      /* NULL: every page is in memory */
     lco_prefix *prefix;  /* NULL: none */
@@ -41,6 +47,8 @@ struct lco_seq {
     int tail;       /* which of them is current */
     uint8_t *held;  /* lco_seq_hold: the tail at held_length; meaningless when that is 0 */
     int64_t held_length;
+    int64_t anchor;    /* lco_seq_hold: a length that truncate can come back to, 0: none in particular */
+    int64_t unseen;    /* pages before this index have left the window: released, but for those that a row at `anchor` sees */
     int64_t last_used; /* step of the tier */
     lco_seq *previous, *next;
 };
@@ -54,5 +62,16 @@ lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err); /* count be
 void lco_page_share(lco_kv *kv, int32_t page);
 void lco_page_release(lco_kv *kv, int32_t page);
 void lco_page_unmap(lco_kv *kv, int32_t page); /* gives its memory back to the system */
+
+/* bounds.c */
+lco_status lco_bounds_create(lco_kv *kv, lco_error *err); /* nothing without a page_tolerance */
+void lco_bounds_destroy(lco_kv *kv);
+void lco_bounds_page(lco_kv *kv, int64_t page); /* a page in memory that is full now */
+bool lco_bounds_sound(const lco_kv *kv, const lco_seq *seq, int64_t *bad);
+
+/* window.c */
+lco_status lco_sight_check(const lco_kv_options *options, lco_error *err);
+void lco_seq_release_unseen(lco_seq *seq);
+lco_status lco_seq_keeps(const lco_seq *seq, int64_t length, lco_error *err); /* that no page a row at `length` needs was released */
 
 #endif

@@ -20,6 +20,9 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
         return lco_fail(err, LCO_EINVAL, "page_size = %d, expected a multiple of 16 from 16 to 512", o->page_size);
     if (o->host_bytes < 0 || (o->spill_path != NULL && o->host_bytes == 0))
         return lco_fail(err, LCO_EINVAL, "host_bytes = %lld, expected the most bytes of memory for pages", (long long)o->host_bytes);
+    lco_status status = lco_sight_check(o, err);
+    if (status != LCO_OK)
+        return status;
     if (o->max_tokens < 1)
         return lco_fail(err, LCO_EINVAL, "max_tokens = %lld, expected at least 1", (long long)o->max_tokens);
     if (o->n_layers < 1 || o->n_kv_heads < 1 || o->head_dim < 1)
@@ -65,6 +68,7 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
         return lco_fail(err, LCO_EINVAL, "a write buffer is for one-byte codes: 16-bit and float32 caches are written once as it is");
     kv->options.layer_dtypes = NULL;
     kv->options.fixed_scales = NULL;
+    kv->sight = lco_kv_layer_sight(kv, o->model_window);
     return LCO_OK;
 }
 
@@ -72,6 +76,7 @@ static void release(lco_kv *kv)
 {
     lco_prefix_destroy(kv);
     lco_tier_destroy(kv);
+    lco_bounds_destroy(kv);
     if (kv->base != NULL)
         munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
     lco_free(kv->free_stack);
@@ -129,7 +134,8 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
         kv->views[i].base = kv->base + kv->views[i].slice_offset;
         kv->views[i].page_bytes = bytes;
     }
-    if ((status = lco_tier_create(kv, err)) != LCO_OK || (status = lco_prefix_create(kv, err)) != LCO_OK)
+    if ((status = lco_tier_create(kv, err)) != LCO_OK || (status = lco_prefix_create(kv, err)) != LCO_OK ||
+        (status = lco_bounds_create(kv, err)) != LCO_OK)
         goto fail;
     kv->options.spill_path = NULL;
     *out = kv;
@@ -239,6 +245,12 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         .pages_cached = lco_prefix_idle(kv),
         .tokens_found = kv->tokens_found,
         .bytes_written = kv->bytes_written,
+        .pages_released = kv->pages_released,
+        .pages_read = kv->pages_read,
+        .pages_left_out = kv->pages_left_out,
+        .bounds_bytes = (kv->n_pages - lco_page_free_count(kv)) * (int64_t)kv->bounds_bytes,
+        .largest_mass_left_out = kv->largest_mass,
+        .step_mass_left_out = kv->step_mass,
     };
     if (kv->tier != NULL) {
         s.pages_away = kv->tier->n_away;
@@ -262,6 +274,8 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
 void lco_kv_reset_counters(lco_kv *kv)
 {
     kv->tokens_appended = kv->blocks_quantised = kv->pages_copied = kv->tokens_found = kv->bytes_written = 0;
+    kv->pages_released = kv->pages_read = kv->pages_left_out = 0;
+    kv->largest_mass = 0;
     lco_tier_reset_counters(kv);
 }
 
@@ -277,7 +291,12 @@ lco_status lco_kv_check(const lco_kv *kv, lco_error *err)
         if (seq->length > seq->n_pages * kv->options.page_size || seq->n_pages > seq->capacity)
             status =
                 lco_fail(err, LCO_EFORMAT, "a sequence of %lld tokens holds %lld pages", (long long)seq->length, (long long)seq->n_pages);
+        int64_t bad;
+        if (status == LCO_OK && !lco_bounds_sound(kv, seq, &bad))
+            status = lco_fail(err, LCO_EFORMAT, "page %lld: the bounds of its keys are wrong", (long long)bad);
         for (int64_t i = 0; i < seq->n_pages && status == LCO_OK; i++) {
+            if (seq->table[i] == LCO_NO_PAGE && !lco_kv_sees_page(kv, seq->length, i) && i < seq->unseen)
+                continue;
             if (seq->table[i] < 0 || seq->table[i] >= kv->n_touched)
                 status = lco_fail(err, LCO_EFORMAT, "table entry %lld names page %d of %lld", (long long)i, seq->table[i],
                                   (long long)kv->n_touched);

@@ -136,7 +136,7 @@ void lco_seq_publish(lco_seq *seq)
         int32_t page = find(kv, parent, seq->ids + i * n);
         if (page < 0) {
             page = seq->table[i];
-            if (lco_prefix_knows(kv, page) || !grow(kv->prefix))
+            if (page == LCO_NO_PAGE || lco_prefix_knows(kv, page) || !grow(kv->prefix))
                 return;
             learn(kv, page, parent, seq->ids + i * n);
         }
@@ -173,6 +173,7 @@ lco_status lco_seq_adopt(lco_seq *seq, const int32_t *ids, int64_t n, int64_t *m
     seq->published = pages;
     seq->length = seq->exact = *matched = pages * size;
     kv->tokens_found += *matched;
+    lco_seq_release_unseen(seq);
     return LCO_OK;
 }
 

@@ -1,4 +1,6 @@
 /* Keys and values as numbers again, for people and tools. */
+#include <math.h>
+
 #include "../base/codes.h"
 #include "../base/convert.h"
 #include "../base/hadamard.h"
@@ -15,6 +17,11 @@ static void read_row(const lco_seq *seq, const lco_kv_view *kv, int64_t position
     const int64_t d = kv->head_dim, slot = position % kv->page_size;
     const uint8_t *codes;
     lco_dtype dtype = kv->dtype;
+    if (seq->table[position / kv->page_size] == LCO_NO_PAGE) {
+        for (int64_t j = 0; j < d; j++)
+            out[j] = NAN;
+        return;
+    }
     float scale = 1;
     if (kv->buffered && position / LCO_KV_BLOCK == seq->length / LCO_KV_BLOCK) {
         codes = (const uint8_t *)(lco_tail_rows(kv, lco_seq_tail(seq) + kv->tail_offset, which, head) + position % LCO_KV_BLOCK * d);

@@ -24,7 +24,9 @@ lco_status lco_seq_create(lco_kv *kv, lco_seq **out, lco_error *err)
 static void drop_pages(lco_seq *seq, int64_t keep)
 {
     while (seq->n_pages > keep)
-        lco_page_release(seq->kv, seq->table[--seq->n_pages]);
+        if (seq->table[--seq->n_pages] != LCO_NO_PAGE)
+            lco_page_release(seq->kv, seq->table[seq->n_pages]);
+    seq->unseen = seq->unseen < keep ? seq->unseen : keep;
 }
 
 void lco_seq_destroy(lco_seq *seq)
@@ -117,7 +119,8 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
     }
     for (; copy->n_pages < n; copy->n_pages++) {
         copy->table[copy->n_pages] = seq->table[copy->n_pages];
-        lco_page_share(seq->kv, copy->table[copy->n_pages]);
+        if (copy->table[copy->n_pages] != LCO_NO_PAGE)
+            lco_page_share(seq->kv, copy->table[copy->n_pages]);
     }
     if (seq->tails != NULL)
         memcpy(lco_seq_tail(copy), lco_seq_tail(seq), seq->kv->tail_bytes);
@@ -126,6 +129,8 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
     copy->length = seq->length;
     copy->exact = seq->exact;
     copy->published = seq->published;
+    lco_seq_release_unseen(copy); /* what is kept for the anchor of the other only */
+    copy->unseen = copy->unseen > seq->unseen ? copy->unseen : seq->unseen;
     *out = copy;
     return LCO_OK;
 }
@@ -230,8 +235,12 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt)
         seq->exact += n;
     seq->kv->bytes_written += n * (int64_t)seq->kv->token_bytes;
     seq->kv->bytes_written += (o->write_buffer ? blocks * LCO_KV_BLOCK : n) * (int64_t)seq->kv->block_bytes / LCO_KV_BLOCK;
+    const int64_t page_size = seq->kv->options.page_size, full = seq->length / page_size;
     seq->length += n;
     seq->kv->tokens_appended += n;
+    for (int64_t i = full; i < seq->length / page_size; i++)
+        lco_bounds_page(seq->kv, seq->table[i]);
+    lco_seq_release_unseen(seq);
 }
 
 /* Rows [0, n) of block `block` of a layer come back from codes to the tail. */
@@ -256,9 +265,21 @@ static void reload_tail(lco_seq *seq, int64_t block, int64_t n)
             reload_layer(seq, &seq->kv->views[i], block, n);
 }
 
+/* Pages that only the old anchor kept go. */
+static void move_anchor(lco_seq *seq)
+{
+    const int64_t unseen = seq->unseen, seen = seq->anchor - seq->kv->sight.window,
+                  first = seen > 0 ? seen / seq->kv->options.page_size : 0;
+    seq->unseen = first < unseen ? first : unseen;
+    seq->anchor = seq->length;
+    lco_seq_release_unseen(seq);
+    seq->unseen = unseen > seq->unseen ? unseen : seq->unseen;
+}
+
 lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err)
 {
     const size_t bytes = seq->kv->tail_bytes;
+    move_anchor(seq);
     if (seq->tails == NULL || seq->length % LCO_KV_BLOCK == 0 || n < LCO_KV_BLOCK - seq->length % LCO_KV_BLOCK)
         return LCO_OK;
     if (seq->held == NULL && (seq->held = lco_alloc(bytes)) == NULL)
@@ -301,14 +322,18 @@ lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
     if (length < 0 || length > seq->length)
         return lco_fail(err, LCO_EINVAL, "truncate to %lld tokens, expected 0 to the sequence's length %lld", (long long)length,
                         (long long)seq->length);
+    lco_status status = lco_seq_keeps(seq, length, err);
+    if (status != LCO_OK)
+        return status;
     const bool coded = seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK;
-    lco_status status = coded ? restore_tail(seq, length, err) : LCO_OK;
+    status = coded ? restore_tail(seq, length, err) : LCO_OK;
     if (status != LCO_OK)
         return status;
     seq->exact = exact_after(seq, length, coded && !as_held(seq, length));
     seq->published = seq->published < seq->exact / seq->kv->options.page_size ? seq->published : seq->exact / seq->kv->options.page_size;
     if (length < seq->held_length)
         seq->held_length = 0;
+    seq->anchor = length < seq->anchor ? length : seq->anchor;
     seq->length = length;
     drop_pages(seq, pages_for(seq, length));
     return LCO_OK;

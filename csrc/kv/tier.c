@@ -110,7 +110,7 @@ static int64_t oldest_hot(const lco_seq *seq)
     const lco_tier *tier = seq->kv->tier;
     const int64_t end = seq->last_used == tier->step ? seq->length / seq->kv->options.page_size : seq->n_pages;
     for (int64_t i = 0; i < end && i < seq->n_pages; i++)
-        if (tier->is_hot[seq->table[i]])
+        if (seq->table[i] != LCO_NO_PAGE && tier->is_hot[seq->table[i]])
             return i;
     return -1;
 }
@@ -119,7 +119,7 @@ static int64_t hot_pages(const lco_seq *seq)
 {
     int64_t n = 0;
     for (int64_t i = 0; i < seq->n_pages; i++)
-        n += seq->kv->tier->is_hot[seq->table[i]];
+        n += seq->table[i] != LCO_NO_PAGE && seq->kv->tier->is_hot[seq->table[i]];
     return n;
 }
 
@@ -228,7 +228,7 @@ void lco_tier_recall(lco_seq *seq)
         return;
     for (int64_t i = seq->n_pages - 1; i >= 0; i--) {
         const int32_t page = seq->table[i];
-        if (!tier->away[page])
+        if (page == LCO_NO_PAGE || !tier->away[page])
             continue;
         if (make_room(tier, true, NULL) != LCO_OK || !read_page(tier, page, address(seq->kv, page), seq->kv->page_bytes, 0))
             return; /* read where it lies, then; who reads it is told when it can't be */
@@ -340,11 +340,20 @@ static const uint8_t *fetch(void *ctx, const lco_kv_view *view, int thread, int6
 
 /* ---- a step ---- */
 
-int64_t lco_kv_step_tokens(const lco_kv *kv) { return kv->tier != NULL ? (kv->tier->most_hot - 2) * kv->options.page_size : INT64_MAX; }
+int64_t lco_kv_step_tokens(const lco_kv *kv)
+{
+    const int64_t page_size = kv->options.page_size, hot = kv->tier != NULL ? (kv->tier->most_hot - 2) * page_size : INT64_MAX;
+    if (kv->sight.window == 0)
+        return hot;
+    /* As many as leave room for the window of a sequence that fills the pool alone. */
+    const int64_t rest = (kv->n_pages - lco_kv_most_pages(kv, INT64_MAX / 2, INT64_MAX / 2, 0)) * page_size;
+    return hot < rest ? hot : rest > page_size ? rest : page_size;
+}
 
 void lco_kv_begin_step(lco_kv *kv)
 {
     lco_tier *tier = kv->tier;
+    kv->step_mass = 0;
     if (tier == NULL)
         return;
     tier->step++;
@@ -362,7 +371,7 @@ lco_status lco_seq_lost(const lco_seq *seq, lco_error *err)
         return LCO_OK;
     const int32_t page_size = seq->kv->options.page_size;
     for (int64_t i = 0; i < seq->n_pages; i++)
-        if (tier->lost[seq->table[i]])
+        if (seq->table[i] != LCO_NO_PAGE && tier->lost[seq->table[i]])
             return lco_fail(
                 err, tier->lost_errno == ENOMEM ? LCO_ENOMEM : LCO_EIO,
                 "tokens %lld to %lld of a sequence (page %d) could not be read from the spill file '%s': %s; free the sequence, or "

@@ -46,9 +46,13 @@ static lco_status take_buffers(const lco_model_config *c, lco_arena *scratch, in
 typedef struct {
     const lco_model *model;
     const lco_batch *batch;
+    lco_kv *cache;
     const lco_kv_view *kv; /* of each layer */
     lco_item *items;       /* the batch's, with scratch for the blocks that prompt rows lie in */
     buffers b;
+    uint64_t *chosen;    /* pages that decode rows read, [n_items, n_kv_heads, chosen_words]; NULL: all */
+    lco_choice *choices; /* [n_items, n_kv_heads] */
+    int64_t chosen_words;
     int64_t m, m_prompt; /* rows now, and how many of them are prompt rows (they come first) */
     lco_status status;
 } step;
@@ -68,6 +72,23 @@ static lco_status take_items(step *s, lco_arena *scratch, lco_error *err)
             ok = (s->items[i].own = lco_arena_take(scratch, (size_t)lco_own_blocks(&s->items[i]) * layer_bytes)) != NULL;
     }
     return ok ? LCO_OK : lco_fail(err, LCO_ENOMEM, "out of memory for the new keys and values of a step; use a smaller chunk");
+}
+
+/* With a page_tolerance: room for the choice of pages of a layer. */
+static lco_status take_choice(step *s, lco_arena *scratch, lco_error *err)
+{
+    const lco_kv_options *o = lco_kv_get_options(s->cache);
+    const lco_batch *batch = s->batch;
+    for (int64_t i = 0; i < batch->n_items; i++) {
+        const int64_t words = batch->items[i].pos / o->page_size / 64 + 1;
+        s->chosen_words = !batch->items[i].prompt && words > s->chosen_words ? words : s->chosen_words;
+    }
+    if (o->page_tolerance == 0 || s->chosen_words == 0)
+        return LCO_OK;
+    const size_t heads = (size_t)batch->n_items * (size_t)o->n_kv_heads;
+    s->choices = lco_arena_take(scratch, heads * sizeof *s->choices);
+    s->chosen = lco_arena_take(scratch, heads * (size_t)s->chosen_words * sizeof *s->chosen);
+    return s->choices != NULL && s->chosen != NULL ? LCO_OK : lco_fail(err, LCO_ENOMEM, "out of memory for the choice of pages");
 }
 
 /* out = rmsnorm(x) * weight, `rows` rows of `width`. */
@@ -118,6 +139,26 @@ static void rope_append(step *s, int64_t layer)
         s->status = s->model->ops->rope_append(&args);
 }
 
+/* Which pages decode rows read, where the caller lets them leave some out. */
+static void choose_pages(step *s, const lco_attention_args *attention)
+{
+    lco_choose_pages_args args = {.chosen = s->chosen, .choices = s->choices, .q = attention->q, .kv = attention->kv};
+    args.items = s->items;
+    args.n_items = s->batch->n_items;
+    args.n_heads = attention->n_heads;
+    args.ld_q = attention->ld_q;
+    args.window = attention->window;
+    args.sinks = attention->sinks;
+    args.chosen_words = s->chosen_words;
+    args.scale = attention->scale;
+    args.tolerance = lco_kv_get_options(s->cache)->page_tolerance;
+    args.exec = &s->model->exec;
+    if (s->status == LCO_OK)
+        s->status = s->model->ops->choose_pages(&args);
+    for (int64_t i = 0; s->status == LCO_OK && i < args.n_items * args.kv->n_kv_heads; i++)
+        lco_kv_count_choice(s->cache, s->choices[i].read, s->choices[i].left_out, s->choices[i].mass);
+}
+
 /* attended = softmax(q . keys) . values over each row's sequence. */
 static void attention(step *s, int64_t layer)
 {
@@ -126,9 +167,15 @@ static void attention(step *s, int64_t layer)
     args.items = s->items;
     args.n_items = s->batch->n_items;
     args.ld_out = args.ld_q = (int64_t)c->n_heads * c->head_dim;
-    args.window = c->window[layer];
+    const lco_kv_sight sight = lco_kv_layer_sight(s->cache, c->window[layer]);
+    args.window = sight.window;
+    args.sinks = sight.sinks;
     args.scale = (float)(1.0 / sqrt((double)c->head_dim));
     args.exec = &s->model->exec;
+    if (s->chosen != NULL)
+        choose_pages(s, &args);
+    args.chosen = s->chosen;
+    args.chosen_words = s->chosen_words;
     if (s->status == LCO_OK)
         s->status = s->model->ops->attention(&args);
 }
@@ -244,12 +291,14 @@ static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, 
 {
     const lco_model_config *c = &model->config;
     const lco_linear_part none = {0};
-    step s = {.model = model, .batch = batch, .kv = lco_kv_views(kv), .m = batch->n_rows};
+    step s = {.model = model, .batch = batch, .cache = kv, .kv = lco_kv_views(kv), .m = batch->n_rows};
     for (int64_t i = 0; i < batch->n_items; i++)
         s.m_prompt += batch->items[i].prompt ? batch->items[i].len : 0;
     lco_status status = take_buffers(c, model->scratch, s.m, &s.b, err);
     if (status == LCO_OK)
         status = take_items(&s, model->scratch, err);
+    if (status == LCO_OK)
+        status = take_choice(&s, model->scratch, err);
     if (status != LCO_OK)
         return status;
 

@@ -109,6 +109,17 @@ const lco_ops *lco_model_ops(const lco_model *model) { return model->ops; }
 
 int lco_model_threads(const lco_model *model) { return lco_pool_size(model->pool); }
 
+int64_t lco_model_longest_window(const lco_model *model)
+{
+    int64_t longest = 0;
+    for (int32_t i = 0; i < model->config.n_layers; i++) {
+        if (model->config.window[i] == 0)
+            return 0;
+        longest = model->config.window[i] > longest ? model->config.window[i] : longest;
+    }
+    return longest;
+}
+
 size_t lco_model_scratch_bytes(const lco_model *model) { return lco_arena_bytes(model->scratch); }
 
 bool lco_model_shares_prefixes(const lco_model *model)
@@ -120,14 +131,17 @@ lco_status lco_model_fits(const lco_model *model, const lco_kv *kv, lco_error *e
 {
     const lco_model_config *c = &model->config;
     const lco_kv_options *o = lco_kv_get_options(kv);
+    const int64_t window = lco_model_longest_window(model);
+    if (o->model_window > 0 && (window == 0 || window > o->model_window))
+        return lco_fail(err, LCO_EINVAL, "the cache is for layers that see %lld tokens at most; those of the model see %s",
+                        (long long)o->model_window, window == 0 ? "all" : "more");
     if (o->n_layers == c->n_layers && o->n_kv_heads == c->n_kv_heads && o->head_dim == c->head_dim)
         return LCO_OK;
     return lco_fail(err, LCO_EINVAL, "the cache is for %d layers, %d kv heads, head_dim %d; the model has %d, %d, %d", o->n_layers,
                     o->n_kv_heads, o->head_dim, c->n_layers, c->n_kv_heads, c->head_dim);
 }
 
-static lco_status check_item(const lco_model *model, const lco_kv_options *kv, const lco_item *item, int64_t index, int64_t row,
-                             lco_error *err)
+static lco_status check_item(const lco_model *model, const lco_kv *cache, const lco_item *item, int64_t index, int64_t row, lco_error *err)
 {
     if (item->row != row || item->len < 1 || item->pos < 0 || (!item->prompt && item->len != 1))
         return lco_fail(err, LCO_EINVAL, "batch item %lld covers rows [%lld, +%lld) at position %lld; expected to begin at row %lld",
@@ -135,9 +149,10 @@ static lco_status check_item(const lco_model *model, const lco_kv_options *kv, c
     if (item->pos + item->len > model->config.max_positions)
         return lco_fail(err, LCO_EINVAL, "a sequence of %lld tokens is longer than the model's context of %lld",
                         (long long)(item->pos + item->len), (long long)model->config.max_positions);
+    const lco_kv_options *kv = lco_kv_get_options(cache);
     const int64_t n_pages = kv->max_tokens / kv->page_size, held = (item->pos + item->len - 1) / kv->page_size + 1;
     for (int64_t p = 0; p < held; p++)
-        if (item->table[p] < 0 || item->table[p] >= n_pages)
+        if ((item->table[p] < 0 || item->table[p] >= n_pages) && (item->table[p] != LCO_NO_PAGE || lco_kv_sees_page(cache, item->pos, p)))
             return lco_fail(err, LCO_EINVAL, "batch item %lld: block table entry %lld is %d, the cache has %lld pages", (long long)index,
                             (long long)p, item->table[p], (long long)n_pages);
     return LCO_OK;
@@ -154,7 +169,7 @@ lco_status lco_batch_check(const lco_model *model, const lco_kv *kv, const lco_b
     for (int64_t i = 0; i < batch->n_items; i++) {
         if (i > 0 && batch->items[i].prompt && !batch->items[i - 1].prompt)
             return lco_fail(err, LCO_EINVAL, "batch item %lld is a prompt after a decode item", (long long)i);
-        status = check_item(model, lco_kv_get_options(kv), &batch->items[i], i, row, err);
+        status = check_item(model, kv, &batch->items[i], i, row, err);
         if (status != LCO_OK)
             return status;
         row += batch->items[i].len;

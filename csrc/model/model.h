@@ -56,6 +56,7 @@ void lco_model_destroy(lco_model *model);
 const lco_model_config *lco_model_get_config(const lco_model *model);
 const lco_ops *lco_model_ops(const lco_model *model);
 int lco_model_threads(const lco_model *model);
+int64_t lco_model_longest_window(const lco_model *model); /* 0: some layer sees all */
 size_t lco_model_scratch_bytes(const lco_model *model);
 
 /* Where a tap sees activations: float32 rows of a layer, in the order of computation. */

@@ -11,6 +11,7 @@ lco_status lco_ref_swiglu(const lco_swiglu_args *);
 lco_status lco_ref_mlp(const lco_mlp_args *);
 lco_status lco_ref_rope_append(const lco_rope_append_args *);
 lco_status lco_ref_attention(const lco_attention_args *);
+lco_status lco_ref_choose_pages(const lco_choose_pages_args *);
 
 #if defined(__x86_64__)
 lco_status lco_avx2_rmsnorm(const lco_rmsnorm_args *);
@@ -19,6 +20,7 @@ lco_status lco_avx2_swiglu(const lco_swiglu_args *);
 lco_status lco_avx2_mlp(const lco_mlp_args *);
 lco_status lco_avx2_rope_append(const lco_rope_append_args *);
 lco_status lco_avx2_attention(const lco_attention_args *);
+lco_status lco_avx2_choose_pages(const lco_choose_pages_args *);
 
 lco_status lco_avx512_rmsnorm(const lco_rmsnorm_args *);
 lco_status lco_avx512_linear(const lco_linear_args *); /* float32 products everywhere */
@@ -26,6 +28,7 @@ lco_status lco_avx512_swiglu(const lco_swiglu_args *);
 lco_status lco_avx512_mlp(const lco_mlp_args *);
 lco_status lco_avx512_rope_append(const lco_rope_append_args *);
 lco_status lco_avx512_attention(const lco_attention_args *);
+lco_status lco_avx512_choose_pages(const lco_choose_pages_args *);
 
 lco_status lco_avx512_linear_bf16(const lco_linear_args *); /* prompt rows of bfloat16 weights by vdpbf16ps */
 lco_status lco_amx_linear(const lco_linear_args *);         /* the same by bf16 tiles */

@@ -78,7 +78,7 @@ typedef struct {
 } lco_mlp_args;
 
 /* One sequence's share of a ragged batch: rows [row, row + len) are its tokens at positions [pos, pos + len).
- * Position t lies in page table[t / page_size], slot t % page_size. Attention of these rows reads positions [0, pos + len).
+ * Position t lies in page table[t / page_size], slot t % page_size (any number where no row sees the page). Attention of these rows reads positions [0, pos + len).
  * Prompt items come first in a batch, then decode items (len == 1 there). */
 typedef struct {
     const int32_t *table; /* page numbers, at least ceil((pos + len) / page_size) */
@@ -121,7 +121,7 @@ typedef struct {
 } lco_rope_append_args;
 
 /* attention: out[i, h, :] = sum_t softmax_t(scale * q[i, h, :] . K[t, g, :]) * V[t, g, :], g = h / (n_heads / n_kv_heads),
- * over positions t with t <= position(i) and, when window > 0, t > position(i) - window.  Scores are masked with true -inf; slots of a page past
+ * over positions t with t <= position(i) and, when window > 0, t > position(i) - window or t < sinks.  Scores are masked with true -inf; slots of a page past
  * the sequence's length are never read (they may hold anything, NaN included). Row i's own key is in the cache already.
  * In a buffered cache a row reads the block of its own position from 16 bit and all earlier blocks from codes: what a row reads depends on
  * its position alone, not on how the prompt was cut, what else ran, or what came from a shared prefix.
@@ -131,10 +131,49 @@ typedef struct {
     const float *q;        /* [m, n_heads, head_dim], row stride ld_q */
     const lco_kv_view *kv; /* of the layer; pages are read through lco_kv_read() */
     const lco_item *items;
-    int64_t n_items, n_heads, ld_out, ld_q, window;
+    int64_t n_items, n_heads, ld_out, ld_q, window, sinks;
     float scale;
+    const uint64_t *chosen; /* by choose_pages: decode rows read these pages only; NULL: all */
+    int64_t chosen_words;
     const lco_exec *exec;
 } lco_attention_args;
+
+/* choose_pages: for the row of every decode item, pages that it may leave out: the sum of their attention weights is at most `mass` <= tolerance,
+ * for each query head. A page that a query head needs is read by all of its kv head. By what a page's keys are between (lco_kv_bounds), no key
+ * of what is left out is read. Of an item whose pages are nearly all needed, all are read; attention's result is then the same to the bit.
+ * The output is off by at most 2 * mass * the largest magnitude of the head's values. Prompt rows read everything.
+ * Depends on the row and its sequence alone, as attention does. */
+typedef struct {
+    int64_t read, left_out; /* pages of the kv head */
+    float mass;             /* of the query head that leaves out most, at most this */
+} lco_choice;
+typedef struct {
+    uint64_t *chosen;      /* [n_items, n_kv_heads, chosen_words]: a bit for each table entry, lowest first. Prompt items': not written */
+    lco_choice *choices;   /* [n_items, n_kv_heads]; zeros of prompt items */
+    const float *q;        /* [m, n_heads, head_dim], row stride ld_q; rotated */
+    const lco_kv_view *kv; /* with bounds */
+    const lco_item *items;
+    int64_t n_items, n_heads, ld_q, window, sinks, chosen_words;
+    float scale; /* > 0 */
+    double tolerance;
+    const lco_exec *exec;
+} lco_choose_pages_args;
+
+static inline bool lco_page_chosen(const lco_attention_args *a, const lco_item *item, int64_t kv_head, int64_t page)
+{
+    return a->chosen == NULL || item->prompt ||
+           (a->chosen[((item - a->items) * a->kv->n_kv_heads + kv_head) * a->chosen_words + page / 64] >> (page % 64) & 1) != 0;
+}
+
+/* What a row at `position` reads: positions [0, sinks) and [first, position]. sinks is 0 where these would be one run. */
+typedef struct {
+    int64_t sinks, first;
+} lco_seen;
+static inline lco_seen lco_seen_at(int64_t window, int64_t sinks, int64_t position)
+{
+    const int64_t first = window > 0 && position >= window ? position - window + 1 : 0;
+    return sinks < first ? (lco_seen){.sinks = sinks, .first = first} : (lco_seen){0};
+}
 
 typedef struct {
     const char *name;   /* "ref", "avx2", "avx512", "amx" */
@@ -146,6 +185,7 @@ typedef struct {
     lco_status (*mlp)(const lco_mlp_args *);
     lco_status (*rope_append)(const lco_rope_append_args *);
     lco_status (*attention)(const lco_attention_args *);
+    lco_status (*choose_pages)(const lco_choose_pages_args *);
 } lco_ops;
 
 /* The table for an instruction set: `isa` is "ref", "avx2", "avx512", "amx", or NULL for the best this CPU has (or LLMCOOPT_ISA says).

@@ -16,11 +16,13 @@ static const lco_ops REF = {
     .mlp = lco_ref_mlp,
     .rope_append = lco_ref_rope_append,
     .attention = lco_ref_attention,
+    .choose_pages = lco_ref_choose_pages,
 };
 
 #if defined(__x86_64__)
 #define AVX512_COMMON                                                                                                                      \
-    .embed = lco_ref_embed, .rmsnorm = lco_avx512_rmsnorm, .swiglu = lco_avx512_swiglu, .rope_append = lco_avx512_rope_append
+    .embed = lco_ref_embed, .rmsnorm = lco_avx512_rmsnorm, .swiglu = lco_avx512_swiglu, .rope_append = lco_avx512_rope_append,             \
+    .choose_pages = lco_avx512_choose_pages
 
 static const lco_ops AVX2 = {
     .name = "avx2",
@@ -32,6 +34,7 @@ static const lco_ops AVX2 = {
     .mlp = lco_avx2_mlp,
     .rope_append = lco_avx2_rope_append,
     .attention = lco_avx2_attention,
+    .choose_pages = lco_avx2_choose_pages,
 };
 static const lco_ops AVX512 = {.name = "avx512",
                                .detail = "AVX-512",

@@ -31,7 +31,8 @@ typedef struct {
     PyThread_type_lock lock;
     pid_t owner;
     int32_t vocab_size, n_layers, n_kv_heads, head_dim; /* of the config */
-    Py_buffer *buffers;                                 /* the weights, exported as long as the model lives */
+    int64_t longest_window;
+    Py_buffer *buffers; /* the weights, exported as long as the model lives */
     Py_ssize_t n_buffers;
 } model_object;
 

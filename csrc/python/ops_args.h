@@ -141,8 +141,9 @@ static inline PyObject *leave(OpContext *self, PyThreadState *state, lco_status 
 }
 
 /* py_ops_cache.c */
-extern const char lco_py_rope_append_doc[], lco_py_attention_doc[];
+extern const char lco_py_rope_append_doc[], lco_py_attention_doc[], lco_py_choose_pages_doc[];
 PyObject *lco_py_rope_append(PyObject *self, PyObject *args, PyObject *kw);
 PyObject *lco_py_attention(PyObject *self, PyObject *args, PyObject *kw);
+PyObject *lco_py_choose_pages(PyObject *self, PyObject *args, PyObject *kw);
 
 #endif

@@ -79,17 +79,20 @@ static int take_fixed_scales(const model_object *model, PyObject *object, Py_buf
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model",      "dtype",        "page_size", "max_tokens",   "write_buffer", "host_bytes",
-                            "spill_path", "prefix_index", "turn_keys", "layer_dtypes", "fixed_scales", NULL};
+    static char *names[] = {"model",        "dtype",      "page_size",    "max_tokens",     "write_buffer",
+                            "host_bytes",   "spill_path", "prefix_index", "turn_keys",      "layer_dtypes",
+                            "fixed_scales", "window",     "sinks",        "page_tolerance", NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model, *layer_dtypes = Py_None, *fixed_scales = Py_None;
     Py_buffer scales = {0};
     const char *dtype;
     int page_size, write_buffer, prefix_index = 0, turn_keys = 1;
-    long long max_tokens, host_bytes = 0;
+    long long max_tokens, host_bytes = 0, window = 0, sinks = 0;
     const char *spill_path = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzppOO", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
-                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &turn_keys, &layer_dtypes, &fixed_scales))
+    double tolerance = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzppOOLLd", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+                                     &write_buffer, &host_bytes, &spill_path, &prefix_index, &turn_keys, &layer_dtypes, &fixed_scales,
+                                     &window, &sinks, &tolerance))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -101,7 +104,11 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .host_bytes = host_bytes,
                               .spill_path = spill_path,
                               .prefix_index = prefix_index,
-                              .turn_keys = turn_keys};
+                              .turn_keys = turn_keys,
+                              .model_window = owner->longest_window,
+                              .window = window,
+                              .sinks = sinks,
+                              .page_tolerance = tolerance};
     if (!lco_py_dtype(dtype, &options.dtype))
         return PyErr_Format(state->errors[LCO_EINVAL], "dtype = '%s', expected " LCO_PY_DTYPES, dtype);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -205,13 +212,21 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
         COUNT(tokens_held),    COUNT(page_bytes),      COUNT(bytes_per_token),  COUNT(reserved_bytes),    COUNT(resident_bytes),
         COUNT(tail_bytes),     COUNT(tokens_appended), COUNT(blocks_quantised), COUNT(pages_copied),      COUNT(pages_spilled),
         COUNT(pages_restored), COUNT(slices_fetched),  COUNT(bytes_fetched),    COUNT(prefetches_issued), COUNT(prefetches_used),
-        COUNT(pages_cached),   COUNT(tokens_found),    COUNT(bytes_written),
+        COUNT(pages_cached),   COUNT(tokens_found),    COUNT(bytes_written),    COUNT(pages_released),    COUNT(pages_read),
+        COUNT(pages_left_out), COUNT(bounds_bytes),
 #undef COUNT
     };
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict != NULL && i < sizeof counts / sizeof counts[0]; i++) {
         PyObject *value = PyLong_FromLongLong(counts[i].value);
         if (value == NULL || PyDict_SetItemString(dict, counts[i].name, value) != 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    const float masses[] = {s.largest_mass_left_out, s.step_mass_left_out};
+    for (int i = 0; dict != NULL && i < 2; i++) {
+        PyObject *value = PyFloat_FromDouble(masses[i]);
+        if (value == NULL || PyDict_SetItemString(dict, i == 0 ? "largest_mass_left_out" : "step_mass_left_out", value) != 0)
             Py_CLEAR(dict);
         Py_XDECREF(value);
     }
@@ -281,7 +296,8 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
     {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, "
-                "turn_keys=True, layer_dtypes=None, fixed_scales=None)\n--\n\nA paged key/value cache shaped for a model."},
+                "turn_keys=True, layer_dtypes=None, fixed_scales=None, window=0, sinks=0, page_tolerance=0.0)\n--\n\nA paged key/value "
+                "cache shaped for a model."},
     {0, NULL},
 };
 

@@ -213,6 +213,7 @@ static int model_create(model_object *self, PyObject *dict, PyObject *list, cons
         self->n_layers = config.n_layers;
         self->n_kv_heads = config.n_kv_heads;
         self->head_dim = config.head_dim;
+        self->longest_window = status == LCO_OK ? lco_model_longest_window(model) : 0;
         result = status == LCO_OK ? 0 : -1;
         if (status != LCO_OK)
             lco_py_raise((PyObject *)self, &err);

@@ -278,6 +278,7 @@ static const PyMethodDef CONTEXT_METHODS[] = {
     METHOD(mlp),
     {"rope_append", (PyCFunction)(void (*)(void))lco_py_rope_append, METH_VARARGS | METH_KEYWORDS, lco_py_rope_append_doc},
     {"attention", (PyCFunction)(void (*)(void))lco_py_attention, METH_VARARGS | METH_KEYWORDS, lco_py_attention_doc},
+    {"choose_pages", (PyCFunction)(void (*)(void))lco_py_choose_pages, METH_VARARGS | METH_KEYWORDS, lco_py_choose_pages_doc},
     {NULL, NULL, 0, NULL}};
 
 static const PyGetSetDef CONTEXT_GETSET[] = {

@@ -176,27 +176,117 @@ done:
     return result;
 }
 
+/* A bit for every page of every item's table, [items, kv_heads, words]. */
+static const Py_buffer *take_chosen(bag *b, const cache_call *c, PyObject *object)
+{
+    const Py_buffer *chosen = take(b, object, "chosen", "L", 3, WRITE);
+    if (chosen == NULL || !check_axis(chosen, "chosen", 0, c->n_items) || !check_axis(chosen, "chosen", 1, c->kv.n_kv_heads) ||
+        !check_packed(chosen, "chosen"))
+        return NULL;
+    for (int64_t i = 0; i < c->n_items; i++)
+        if (!check(chosen->shape[2] > c->items[i].pos / c->kv.page_size / 64, "axis 2 of chosen", chosen->shape[2], "a bit for each page"))
+            return NULL;
+    return chosen;
+}
+
+const char lco_py_choose_pages_doc[] =
+    "choose_pages(chosen, counts, masses, q, bounds, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, tolerance,\n"
+    "             window=0, sinks=0)\n--\n\n"
+    "Which pages rows q[m, heads, d] of decode items read: chosen uint64[items, kv_heads, words]; counts int64[items, kv_heads, 2] of "
+    "pages\n"
+    "read and left out; masses float32[items, kv_heads]. bounds: bfloat16 bits [pages, kv_heads, 2, d] of the layer's keys.";
+
+PyObject *lco_py_choose_pages(PyObject *object, PyObject *args, PyObject *kw)
+{
+    OpContext *self = (OpContext *)object;
+    PyThreadState *state;
+    PyObject *result = NULL;
+    static const char *const names[] = {"chosen",     "counts", "masses", "q",     "bounds",    "cache",  "dtype", "page_size", "n_layers",
+                                        "n_kv_heads", "layer",  "items",  "scale", "tolerance", "window", "sinks", NULL};
+    PyObject *chosen_o, *counts_o, *masses_o, *q_o, *bounds_o, *cache_o, *items_o;
+    const char *dtype_name;
+    int page_size, n_layers, n_kv_heads;
+    long long layer, window = 0, sinks = 0;
+    float scale;
+    double tolerance;
+    bag b = {.n = 0};
+    const Py_buffer *chosen, *counts, *masses, *q, *bounds;
+    lco_choice *choices = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiiLO!fd|LL:choose_pages", (char **)names, &chosen_o, &counts_o, &masses_o, &q_o,
+                                     &bounds_o, &cache_o, &dtype_name, &page_size, &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o,
+                                     &scale, &tolerance, &window, &sinks))
+        return NULL;
+    cache_call *c = PyMem_Calloc(1, sizeof *c);
+    if (c == NULL)
+        return PyErr_NoMemory();
+    if ((q = take(&b, q_o, "q", "f", 3, READ)) == NULL || (counts = take(&b, counts_o, "counts", "l", 3, WRITE)) == NULL ||
+        (masses = take(&b, masses_o, "masses", "f", 2, WRITE)) == NULL || (bounds = take(&b, bounds_o, "bounds", "H", 4, READ)) == NULL)
+        goto done;
+    const int64_t d = q->shape[2];
+    if (!check(d <= INT32_MAX, "head_dim", d, "a 32-bit number") || !check(window >= 0, "window", window, "0 (none) or more") ||
+        !check(sinks >= 0, "sinks", sinks, "0 (none) or more") ||
+        !check(n_kv_heads >= 1 && q->shape[1] % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) ||
+        !take_items(&b, c, items_o, q->shape[0]) || (chosen = take_chosen(&b, c, chosen_o)) == NULL ||
+        !check_axis(counts, "counts", 0, c->n_items) || !check_axis(counts, "counts", 1, n_kv_heads) ||
+        !check_axis(counts, "counts", 2, 2) || !check_packed(counts, "counts") || !check_axis(masses, "masses", 0, c->n_items) ||
+        !check_axis(masses, "masses", 1, n_kv_heads) || !check_packed(masses, "masses") || !check_axis(bounds, "bounds", 0, c->n_pages) ||
+        !check_axis(bounds, "bounds", 1, n_kv_heads) || !check_axis(bounds, "bounds", 2, 2) || !check_axis(bounds, "bounds", 3, d) ||
+        !check_packed(bounds, "bounds"))
+        goto done;
+    const int64_t n = c->n_items * n_kv_heads;
+    if ((choices = PyMem_Calloc((size_t)n + 1, sizeof *choices)) == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    c->kv.bounds = bounds->buf;
+    c->kv.bounds_stride = (size_t)(n_kv_heads * 2 * d);
+    lco_choose_pages_args a = {.chosen = chosen->buf, .choices = choices, .q = q->buf, .kv = &c->kv, .items = c->items};
+    a.n_items = c->n_items;
+    a.n_heads = q->shape[1];
+    a.ld_q = row_stride(q);
+    a.window = window;
+    a.sinks = sinks;
+    a.chosen_words = chosen->shape[2];
+    a.scale = scale;
+    a.tolerance = tolerance;
+    a.exec = &self->exec;
+    if ((state = enter(self)) != NULL)
+        result = leave(self, state, self->ops->choose_pages(&a));
+    for (int64_t i = 0; result != NULL && i < n; i++) {
+        ((int64_t *)counts->buf)[2 * i] = choices[i].read;
+        ((int64_t *)counts->buf)[2 * i + 1] = choices[i].left_out;
+        ((float *)masses->buf)[i] = choices[i].mass;
+    }
+done:
+    PyMem_Free(choices);
+    bag_release(&b);
+    cache_release(c);
+    return result;
+}
+
 const char lco_py_attention_doc[] =
-    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0)\n--\n\n"
+    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0, sinks=0, chosen=None)\n--\n\n"
     "Causal attention of q[m, heads, d] over the cache into out[m, heads, d]; rows may be strided. cache, dtype and items as in\n"
-    "rope_append; window > 0: only the newest `window` positions.";
+    "rope_append; window > 0: only the newest `window` positions and those below `sinks`. chosen: uint64\n"
+    "[items, kv_heads, words] of choose_pages.";
 
 PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
 {
     OpContext *self = (OpContext *)object;
     PyThreadState *state;
     PyObject *result = NULL;
-    static const char *const names[] = {"out",        "q",     "cache", "dtype", "page_size", "n_layers",
-                                        "n_kv_heads", "layer", "items", "scale", "window",    NULL};
-    PyObject *out_o, *q_o, *cache_o, *items_o;
+    static const char *const names[] = {"out",   "q",     "cache", "dtype",  "page_size", "n_layers", "n_kv_heads",
+                                        "layer", "items", "scale", "window", "sinks",     "chosen",   NULL};
+    PyObject *out_o, *q_o, *cache_o, *items_o, *chosen_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, n_kv_heads;
-    long long layer, window = 0;
+    long long layer, window = 0, sinks = 0;
     float scale;
     bag b = {.n = 0};
-    const Py_buffer *out, *q;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|L:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
-                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window))
+    const Py_buffer *out, *q, *chosen = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|LLO:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
+                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window, &sinks, &chosen_o))
         return NULL;
     cache_call *c = PyMem_Calloc(1, sizeof *c);
     if (c == NULL)
@@ -205,15 +295,21 @@ PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
         goto done;
     int64_t m = q->shape[0], n_heads = q->shape[1], d = q->shape[2];
     if (!check(d <= INT32_MAX, "head_dim", d, "a 32-bit number") || !check(window >= 0, "window", window, "0 (none) or more") ||
-        !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, n_heads) || !check_axis(out, "out", 2, d) ||
+        !check(sinks >= 0, "sinks", sinks, "0 (none) or more") || !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, n_heads) ||
+        !check_axis(out, "out", 2, d) ||
         !check(n_kv_heads >= 1 && n_heads % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
         !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) || !take_items(&b, c, items_o, m))
+        goto done;
+    if (chosen_o != Py_None && (chosen = take_chosen(&b, c, chosen_o)) == NULL)
         goto done;
     lco_attention_args a = {.out = out->buf, .q = q->buf, .kv = &c->kv, .items = c->items, .n_items = c->n_items};
     a.n_heads = n_heads;
     a.ld_out = row_stride(out);
     a.ld_q = row_stride(q);
     a.window = window;
+    a.sinks = sinks;
+    a.chosen = chosen != NULL ? chosen->buf : NULL;
+    a.chosen_words = chosen != NULL ? chosen->shape[2] : 0;
     a.scale = scale;
     a.exec = &self->exec;
     if ((state = enter(self)) != NULL)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
 
 import llmcoopt
-from llmcoopt.errors import OutOfPagesError
+from llmcoopt.errors import ArgumentError, OutOfPagesError
 
 VOCAB = 5  # few ids: sequences often begin alike
 CONTEXT = 256
@@ -25,10 +25,14 @@ OPTIONS = {
     "prefix": {"dtype": "fp8_e4m3", "prefix_cache": True},
     "prefix unbuffered": {"dtype": "int8", "write_buffer": False, "prefix_cache": True},
     "prefix spilled": {"dtype": "int8", "page_size": 32, "prefix_cache": True, "hot_pages": 4},
+    "bounds": {"dtype": "fp8_e4m3", "page_tolerance": 1e-300},  # kept, and no page left out
+    "windowed": {"dtype": "bfloat16", "attention_window": 50, "attention_sinks": 5},
+    "windowed, spilled": {"dtype": "float32", "attention_window": 30, "hot_pages": 5},
     "spilled": {"dtype": "fp8_e4m3", "hot_pages": 4},
     "spilled bfloat16": {"dtype": "bfloat16", "page_size": 32, "hot_pages": 5},
 }
-EXACT = ("dtype", "page_size", "write_buffer")  # options that the plain model shares: the others may not change a bit
+# Options that the plain model shares: the others may not change a bit.
+EXACT = ("dtype", "page_size", "write_buffer", "attention_window", "attention_sinks")
 
 counts = st.one_of(st.just(1), st.integers(1, 40))
 seeds = st.integers(0, 2)
@@ -154,7 +158,11 @@ class Cache(RuleBasedStateMachine):
         sequence, plain = pair
         length = len(sequence) * share // 100
         length -= length % 16 if whole else 0
-        sequence.truncate(length)
+        try:
+            sequence.truncate(length)
+        except ArgumentError as error:
+            assert "attention_window" in self.options and "left the window" in str(error)
+            return
         plain.truncate(length, self.is_exact(length, len(plain.ids)))
 
     def is_exact(self, length, before):

@@ -11,16 +11,16 @@ ROUNDED = 4
 RATIOS = [(2, 2), (4, 2), (3, 1), (10, 2), (7, 1), (8, 1), (23, 1)]
 
 
-def expect(ctx, q, k, v, pos, scale, window=0, rounds=False):
+def expect(ctx, q, k, v, pos, scale, window=0, rounds=False, sinks=0):
     """What rows q at positions pos.. come to, and the error allowed. rounds: they are prompt rows over a bfloat16 cache."""
     if not (rounds and "AMX" in ctx.detail):
-        out, bound = oracle.attention(q, k, v, pos, scale, window)
+        out, bound = oracle.attention(q, k, v, pos, scale, window, sinks)
         return out, BOUND * bound
     log2_e = np.float32(1.44269504)
     q = oracle.decode(oracle.encode(q * (np.float32(scale) * log2_e), "bfloat16"), "bfloat16")
-    out, bound = oracle.attention(q, k, v, pos, np.log(2), window)
+    out, bound = oracle.attention(q, k, v, pos, np.log(2), window, sinks)
     one_each = np.broadcast_to(np.eye(len(k))[:, None], (len(k), k.shape[1], len(k)))
-    p = oracle.attention(q, k, one_each, pos, np.log(2), window)[0]
+    p = oracle.attention(q, k, one_each, pos, np.log(2), window, sinks)[0]
     v = np.repeat(v.astype(np.float64), q.shape[1] // k.shape[1], axis=1)
     squares = [np.einsum("mht,thd->mhd", p * p, v**n) for n in (2, 1, 0)]
     moved = np.sqrt(np.maximum(squares[0] - 2 * out * squares[1] + out * out * squares[2], 0))
@@ -38,7 +38,7 @@ class Case:
         self.pages.write(self.table, 1, k, v)
         self.k, self.v = self.pages.read(self.table, 1, tokens)
         self.q = rng.standard_normal((tokens, heads, head_dim)).astype(np.float32) * np.float32(spread)
-        self.scale = head_dim**-0.5
+        self.scale, self.sinks = head_dim**-0.5, 0
 
     def item(self, row, length, pos, prompt):
         return self.table[: -(-(pos + length) // self.pages.page_size)].copy(), row, length, pos, prompt
@@ -46,7 +46,8 @@ class Case:
     def run(self, ctx, q, items, window=0, scale=None):
         out = np.full_like(q, np.nan)
         scale = self.scale if scale is None else scale
-        ctx.attention(out, q, n_kv_heads=self.pages.n_kv_heads, **self.pages.where, layer=1, items=items, scale=scale, window=window)
+        how = {"scale": scale, "window": window, "sinks": self.sinks}
+        ctx.attention(out, q, n_kv_heads=self.pages.n_kv_heads, **self.pages.where, layer=1, items=items, **how)
         return out
 
     def rows(self, ctx, pos, length, prompt, window=0):
@@ -56,7 +57,7 @@ class Case:
     def check(self, ctx, pos, length, prompt, window=0):
         end = pos + length
         rounds = prompt and self.pages.dtype == "bfloat16"
-        expected, bound = expect(ctx, self.q[pos:end], self.k[:end], self.v[:end], pos, self.scale, window, rounds)
+        expected, bound = expect(ctx, self.q[pos:end], self.k[:end], self.v[:end], pos, self.scale, window, rounds, self.sinks)
         oracle.assert_close(self.rows(ctx, pos, length, prompt, window), expected, bound)
 
 

@@ -188,7 +188,7 @@ class Case:
         self.k, self.v = (oracle.decode(a, "bfloat16") for a in self.bits)
         self.coded = self.pages.read(self.table, 1, tokens)
         self.q = normal(rng, tokens, heads, head_dim) / np.float32(max(size, 1))
-        self.scale, self.buffered, self.poison = head_dim**-0.5, buffered, 0xFF
+        self.scale, self.buffered, self.poison, self.sinks = head_dim**-0.5, buffered, 0xFF, 0
 
     def hide(self, end):
         """Pages as they are when only blocks before position `end` have codes: the rest is poison."""
@@ -217,7 +217,8 @@ class Case:
     def run(self, ctx, q, items, window=0, coded=None):
         out = np.full_like(q, np.nan)
         where = self.hide(coded) if coded is not None else self.pages.where
-        ctx.attention(out, q, n_kv_heads=self.pages.n_kv_heads, **where, layer=1, items=items, scale=self.scale, window=window)
+        how = {"scale": self.scale, "window": window, "sinks": self.sinks}
+        ctx.attention(out, q, n_kv_heads=self.pages.n_kv_heads, **where, layer=1, items=items, **how)
         return out
 
     def rows(self, ctx, pos, length, prompt, window=0):
@@ -227,11 +228,11 @@ class Case:
 
     def check(self, ctx, pos, length, prompt, window=0):
         end = pos + length
-        coded = [a[:end] for a in self.coded]
+        coded, sight = [a[:end] for a in self.coded], (window, self.sinks)
         if self.buffered:
-            wanted = oracle.attention_buffered(self.q[pos:end], coded, (self.k[:end], self.v[:end]), pos, self.scale, window)
+            wanted = oracle.attention_buffered(self.q[pos:end], coded, (self.k[:end], self.v[:end]), pos, self.scale, *sight)
         else:
-            wanted = oracle.attention(self.q[pos:end], *coded, pos, self.scale, window)
+            wanted = oracle.attention(self.q[pos:end], *coded, pos, self.scale, *sight)
         oracle.assert_close(self.rows(ctx, pos, length, prompt, window), wanted[0], BOUND * wanted[1])
 
 

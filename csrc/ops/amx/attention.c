@@ -40,7 +40,8 @@ typedef struct {
 /* The positions at hand, [begin, begin + BLOCK); below, positions and limits are relative to begin. */
 typedef struct {
     int64_t begin;
-    int32_t low, high;                    /* the row of token t sees positions [t + low, t + high) */
+    int32_t low, high, from;              /* the row of token t sees positions [t + low, t + high), from the first one on when t < from */
+    bool sinks;                           /* it sees [0, high) when t >= from, else none */
     const uint16_t *keys[BLOCK / TILE];   /* TILE rows each, `width` apart */
     const uint16_t *values[BLOCK / TILE]; /* as they lie in the page, `d` apart */
     uint64_t odd;                         /* positions with values that are not finite, which `turned` holds as zeros */
@@ -188,14 +189,23 @@ static const uint16_t *stage_run(const attention_job *job, const unit *u, const 
     return own_values;
 }
 
-/* Keys and values of the block from `begin` on, of which the unit's rows see positions [first, end). */
-static key_block stage_block(const attention_job *job, const unit *u, const row_unit *b, int64_t begin, int64_t first, int64_t end)
+/* The row of this token sees positions [low, high) of the block. */
+ALWAYS_INLINE int32_t row_low(const key_block *k, int32_t token) { return k->sinks || token < k->from ? -FAR : token + k->low; }
+
+ALWAYS_INLINE int32_t row_high(const key_block *k, int32_t token) { return !k->sinks ? token + k->high : token >= k->from ? k->high : 0; }
+
+static int32_t clip(int64_t a) { return a < -FAR ? -FAR : a > FAR ? FAR : (int32_t)a; }
+
+/* Keys and values of the block from `begin` on, of which the unit's rows see positions [first, end): as sinks, or from their windows on. */
+static key_block stage_block(const attention_job *job, const unit *u, const row_unit *b, int64_t begin, int64_t first, int64_t end,
+                             bool sinks)
 {
-    const int64_t window = job->args->window, position = u->item->pos + u->first, low = position - window + 1 - begin;
-    key_block k = {.begin = begin};
-    k.low = window > 0 && low > -FAR ? (int32_t)low : -FAR;
-    k.high = position + 1 - begin < FAR ? (int32_t)(position + 1 - begin) : FAR;
-    const bool all_see_all = k.high >= BLOCK && u->count - 1 + k.low <= 0;
+    const int64_t window = job->args->window, position = u->item->pos + u->first;
+    key_block k = {.begin = begin, .sinks = sinks, .low = clip(position - window + 1 - begin)};
+    k.high = clip(sinks ? end - begin : position + 1 - begin);
+    k.from = window > 0 ? clip(job->args->sinks + window - position) : FAR; /* before it sinks and window are one run */
+    const int32_t last = (int32_t)u->count - 1;
+    const bool all_see_all = row_high(&k, 0) >= BLOCK && row_low(&k, last) <= 0;
     for (int64_t step = 0; step < BLOCK / STEP; step++) {
         const uint16_t *values[2];
         const int64_t at = begin + step * STEP;
@@ -310,10 +320,14 @@ static vf largest_scores(const float *scores, int64_t first, int64_t end)
 static void mask_scores(float *scores, const int32_t *token, const key_block *k, int64_t first, int64_t end)
 {
     const __m512i tokens = _mm512_load_si512(token);
-    const __m512i low = _mm512_add_epi32(tokens, _mm512_set1_epi32(k->low)), high = _mm512_add_epi32(tokens, _mm512_set1_epi32(k->high));
+    const __mmask16 whole = _mm512_cmplt_epi32_mask(tokens, _mm512_set1_epi32(k->from));
+    const __m512i low = _mm512_mask_mov_epi32(_mm512_add_epi32(tokens, _mm512_set1_epi32(k->low)), whole, _mm512_set1_epi32(-FAR));
+    const __m512i high = _mm512_add_epi32(tokens, _mm512_set1_epi32(k->high)), none = _mm512_setzero_si512();
+    const __m512i stop = k->sinks ? _mm512_mask_mov_epi32(_mm512_set1_epi32(k->high), whole, none) : high;
+    const __m512i start = k->sinks ? none : low;
     for (int64_t t = first; t < end; t++) {
         const __m512i at = _mm512_set1_epi32((int)t);
-        const __mmask16 seen = _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask(low, at), at, high);
+        const __mmask16 seen = _mm512_mask_cmplt_epi32_mask(_mm512_cmple_epi32_mask(start, at), at, stop);
         v_store(scores + t * TILE, _mm512_mask_mov_ps(v_set(-INFINITY), seen, v_load(scores + t * TILE)));
     }
 }
@@ -354,7 +368,7 @@ static void add_odd_values(const row_unit *b, const key_block *k, int64_t panel,
         const int t = __builtin_ctzll(odd);
         const uint16_t *value = k->values[t / TILE] + t % TILE * b->d, *p = (const uint16_t *)(pairs + t / 2 * TILE) + t % 2;
         for (int lane = 0; lane < TILE; lane++) {
-            if (t < token[lane] + k->low || t >= token[lane] + k->high)
+            if (t < row_low(k, token[lane]) || t >= row_high(k, token[lane]))
                 continue;
             for (int64_t i = 0; i < b->d; i++)
                 if ((value[i] & 0x7F80) == 0x7F80)
@@ -367,7 +381,7 @@ static void add_odd_values(const row_unit *b, const key_block *k, int64_t panel,
 ALWAYS_INLINE void attend_panels(const row_unit *b, const key_block *k, int64_t panel, const int panels)
 {
     const int32_t *token = b->token + panel * TILE;
-    const int64_t low = token[0] + k->low, high = token[panels * TILE - 1] + k->high;
+    const int64_t low = row_low(k, token[0]), high = row_high(k, token[panels * TILE - 1]);
     const int64_t first = low > 0 ? low / STEP : 0, end = high < BLOCK ? (high + STEP - 1) / STEP : BLOCK / STEP;
     if (low >= BLOCK || high <= 0)
         return;
@@ -377,7 +391,7 @@ ALWAYS_INLINE void attend_panels(const row_unit *b, const key_block *k, int64_t 
     FENCE();
     for (int j = 0; j < panels; j++) {
         float *scores = b->scores + j * BLOCK * TILE;
-        if (token[(j + 1) * TILE - 1] + k->low > first * STEP || token[j * TILE] + k->high < end * STEP)
+        if (row_low(k, token[(j + 1) * TILE - 1]) > first * STEP || row_high(k, token[j * TILE]) < end * STEP)
             mask_scores(scores, token + j * TILE, k, first * STEP, end * STEP);
         block_weights(b, panel + j, scores, first * STEP, end * STEP);
     }
@@ -405,20 +419,27 @@ static void store_rows(const attention_job *job, const unit *u, const row_unit *
     }
 }
 
+/* Every row against positions [first, end): sinks, or what follows. */
+static void attend_range(const attention_job *job, const unit *u, const row_unit *b, int64_t first, int64_t end, bool sinks)
+{
+    for (int64_t begin = first / BLOCK * BLOCK; begin < end; begin += BLOCK) {
+        const key_block k = stage_block(job, u, b, begin, first, end, sinks);
+        int64_t panel = 0;
+        for (; panel + 2 <= b->panels; panel += 2)
+            attend_panels(b, &k, panel, 2);
+        if (panel < b->panels)
+            attend_panels(b, &k, panel, 1);
+    }
+}
+
 static void prompt_unit(const attention_job *job, const unit *u, int thread)
 {
-    const int64_t first_pos = u->item->pos + u->first, end = first_pos + u->count, first = first_seen(job->args, first_pos);
+    const int64_t first_pos = u->item->pos + u->first, end = first_pos + u->count;
     const row_unit b = carve(job, u, thread);
     load_queries(job, u, &b);
     tiles_begin();
-    for (int64_t begin = first / BLOCK * BLOCK; begin < end; begin += BLOCK) {
-        const key_block k = stage_block(job, u, &b, begin, first, end);
-        int64_t panel = 0;
-        for (; panel + 2 <= b.panels; panel += 2)
-            attend_panels(&b, &k, panel, 2);
-        if (panel < b.panels)
-            attend_panels(&b, &k, panel, 1);
-    }
+    attend_range(job, u, &b, 0, seen_at(job->args, end - 1).sinks, true);
+    attend_range(job, u, &b, seen_at(job->args, first_pos).first, end, false);
     tiles_end();
     store_rows(job, u, &b);
 }

@@ -39,14 +39,20 @@ static double element(const stored *s, int64_t j)
     return s->scale * (lco_dtype_scaled(s->dtype) ? lco_decode(s->codes[j], s->dtype) : lco_element(s->codes, j, s->dtype));
 }
 
+/* The position read after `t`. */
+static int64_t next_seen(const lco_seen *seen, int64_t t) { return t + 1 < seen->sinks || t + 1 > seen->first ? t + 1 : seen->first; }
+
 /* One query row of one head: scores, softmax, weighted sum of the values, as the formula is written. */
 static void attend(const attention_job *job, int thread, const float *q, float *out, int64_t position, int64_t kv_head)
 {
     const lco_kv_view *kv = job->args->kv;
     double *p = job->scratch + thread * job->stride, *sum = p + job->item->pos + job->item->len;
-    int64_t first = job->args->window > 0 && position >= job->args->window ? position - job->args->window + 1 : 0;
+    const lco_seen seen = lco_seen_at(job->args->window, job->args->sinks, position);
     double largest = -INFINITY, total = 0;
-    for (int64_t t = first; t <= position; t++) {
+    for (int64_t t = next_seen(&seen, -1); t <= position; t = next_seen(&seen, t)) {
+        p[t] = -INFINITY;
+        if (!lco_page_chosen(job->args, job->item, kv_head, t / kv->page_size))
+            continue;
         const stored key = find(job, thread, position, t, LCO_KEY, kv_head);
         p[t] = 0;
         for (int64_t j = 0; j < kv->head_dim; j++)
@@ -56,7 +62,9 @@ static void attend(const attention_job *job, int thread, const float *q, float *
     }
     for (int64_t j = 0; j < kv->head_dim; j++)
         sum[j] = 0;
-    for (int64_t t = first; t <= position; t++) {
+    for (int64_t t = next_seen(&seen, -1); t <= position; t = next_seen(&seen, t)) {
+        if (!lco_page_chosen(job->args, job->item, kv_head, t / kv->page_size))
+            continue;
         const stored value = find(job, thread, position, t, LCO_VALUE, kv_head);
         p[t] = exp(p[t] - largest);
         total += p[t];

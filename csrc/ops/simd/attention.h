@@ -23,7 +23,7 @@ enum {
 
 typedef struct {
     const lco_item *item;
-    int64_t first, count; /* prompt: tokens of the item; decode: indexes into its page table */
+    int64_t first, count; /* prompt: tokens of the item; decode: pages among those that it reads (split_plan) */
     int64_t head, heads;  /* kv heads */
     float *part;          /* decode: where the split's partial results go */
 } unit;
@@ -56,17 +56,35 @@ INLINE float exp_one(float a)
 
 static int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
-/* First position that a query at `position` sees. */
-static int64_t first_seen(const lco_attention_args *a, int64_t position)
-{
-    return a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
-}
+static lco_seen seen_at(const lco_attention_args *a, int64_t position) { return lco_seen_at(a->window, a->sinks, position); }
 
 /* Positions before this are read as codes by a query at `position`; the rest, in its own block, from 16 bit. */
 static int64_t coded_end(const lco_attention_args *a, int64_t position)
 {
     return a->kv->buffered ? position / LCO_KV_BLOCK * LCO_KV_BLOCK : position + 1;
 }
+
+/* Pages that a decode item reads: table entries [0, sinks), then from `first` on, `count` in all; and how these are split. */
+typedef struct {
+    int64_t sinks, first, count, per_split, n_splits;
+} split_plan;
+
+static split_plan plan_splits(const lco_attention_args *a, const lco_item *item)
+{
+    const int64_t page_size = a->kv->page_size;
+    const lco_seen seen = seen_at(a, item->pos);
+    split_plan plan = {.sinks = (seen.sinks + page_size - 1) / page_size, .first = seen.first / page_size};
+    if (plan.sinks > plan.first) /* they share a page */
+        plan.sinks = plan.first = 0;
+    plan.count = plan.sinks + item->pos / page_size + 1 - plan.first;
+    int64_t least = (MIN_SPLIT + page_size - 1) / page_size, even = (plan.count + MAX_SPLITS - 1) / MAX_SPLITS;
+    plan.per_split = even > least ? even : least;
+    plan.n_splits = (plan.count + plan.per_split - 1) / plan.per_split;
+    return plan;
+}
+
+/* Table index of the n-th page. */
+static int64_t page_at(const split_plan *plan, int64_t n) { return n < plan->sinks ? n : plan->first + n - plan->sinks; }
 
 #include "attention_decode.h"
 
@@ -121,26 +139,12 @@ static void merge_heads(void *ctx, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* Pages that a decode item reads, and how they are split. */
-typedef struct {
-    int64_t first, count, per_split, n_splits;
-} split_plan;
-
-static split_plan plan_splits(const lco_attention_args *a, const lco_item *item)
-{
-    const int64_t page_size = a->kv->page_size;
-    split_plan plan = {.first = first_seen(a, item->pos) / page_size};
-    plan.count = item->pos / page_size + 1 - plan.first;
-    int64_t least = (MIN_SPLIT + page_size - 1) / page_size, even = (plan.count + MAX_SPLITS - 1) / MAX_SPLITS;
-    plan.per_split = even > least ? even : least;
-    plan.n_splits = (plan.count + plan.per_split - 1) / plan.per_split;
-    return plan;
-}
-
 /* Ranges of kv heads that each split is cut into: enough for all threads. */
 static int64_t head_ranges(const attention_job *job, int64_t n_splits)
 {
     const int64_t n_kv = job->args->kv->n_kv_heads;
+    if (job->args->chosen != NULL) /* every kv head has pages of its own */
+        return n_kv;
     int64_t wanted = (lco_pool_size(job->args->exec->pool) * UNITS_PER_THREAD + n_splits - 1) / n_splits;
     return wanted < n_kv ? wanted : n_kv;
 }
@@ -160,8 +164,8 @@ static void add_decode_units(attention_job *job, const merge_item *merge, int64_
     const split_plan plan = plan_splits(job->args, merge->item);
     const int64_t n_kv = job->args->kv->n_kv_heads;
     for (int64_t s = 0; s < plan.n_splits; s++) {
-        unit u = {.item = merge->item, .first = plan.first + s * plan.per_split, .part = merge->parts + s * job->part_stride};
-        u.count = plan.first + plan.count - u.first < plan.per_split ? plan.first + plan.count - u.first : plan.per_split;
+        unit u = {.item = merge->item, .first = s * plan.per_split, .part = merge->parts + s * job->part_stride};
+        u.count = plan.count - u.first < plan.per_split ? plan.count - u.first : plan.per_split;
         for (int64_t r = 0; r < ranges; r++) {
             u.head = n_kv * r / ranges;
             u.heads = n_kv * (r + 1) / ranges - u.head;
@@ -177,7 +181,7 @@ static lco_status plan_units(attention_job *job)
     const int64_t n_kv = a->kv->n_kv_heads;
     int64_t prompt_units = 0, splits = 0, decode_items = 0;
     for (int64_t i = 0; i < a->n_items; i++) {
-        job->pairs += a->items[i].len * (a->items[i].pos + a->items[i].len - first_seen(a, a->items[i].pos));
+        job->pairs += a->items[i].len * (a->items[i].pos + a->items[i].len - seen_at(a, a->items[i].pos).first);
         if (a->items[i].prompt) {
             prompt_units += (a->items[i].len + prompt_tokens(job) - 1) / prompt_tokens(job) * n_kv;
         } else {

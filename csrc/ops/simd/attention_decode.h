@@ -283,19 +283,30 @@ static void decode_own_block(const attention_job *job, const unit *u, const floa
 static void decode_unit(const attention_job *job, const unit *u, int thread)
 {
     const lco_attention_args *a = job->args;
-    const int64_t page_size = a->kv->page_size, last_page = u->first + u->count - 1, pos = u->item->pos;
-    const int64_t seen = first_seen(a, pos), coded = coded_end(a, pos);
+    const int64_t page_size = a->kv->page_size, end = u->first + u->count, pos = u->item->pos, coded = coded_end(a, pos);
+    const lco_seen seen = seen_at(a, pos);
+    const split_plan plan = plan_splits(a, u->item);
     float *scaled = scratch_of(job, thread);
     load_decode_query(job, u, scaled);
-    for (int64_t page = u->first; page <= last_page; page++) {
-        const int64_t start = page * page_size, begin = start > seen ? start : seen,
-                      end = start + page_size < coded ? start + page_size : coded;
-        if (begin >= end)
+    for (int64_t n = u->first; n < end; n++) {
+        const int64_t page = page_at(&plan, n), start = page * page_size, stop = start + page_size < coded ? start + page_size : coded;
+        const int64_t sinks = seen.sinks < stop ? seen.sinks : stop, first = seen.first > start ? seen.first : start;
+        if ((sinks <= start && first >= stop) || !lco_page_chosen(a, u->item, u->head, page))
             continue;
-        const int32_t at = u->item->table[page], next = u->item->table[page < last_page ? page + 1 : page];
+        int64_t later = n + 1;
+        while (later < end && !lco_page_chosen(a, u->item, u->head, page_at(&plan, later)))
+            later++;
+        const int32_t at = u->item->table[page], next = later < end ? u->item->table[page_at(&plan, later)] : at;
         const uint8_t *slice = lco_kv_read(a->kv, thread, at, next, u->head, u->heads);
-        decode_page(job, u, scaled, slice, lco_kv_away(a->kv, next) ? slice : lco_kv_slice(a->kv, next), begin - start, end - start);
+        const uint8_t *after = lco_kv_away(a->kv, next) ? slice : lco_kv_slice(a->kv, next);
+        if (sinks > start)
+            decode_page(job, u, scaled, slice, after, 0, sinks - start);
+        if (first < stop)
+            decode_page(job, u, scaled, slice, after, first - start, stop - start);
     }
-    if (coded <= pos && last_page == pos / page_size)
-        decode_own_block(job, u, scaled, coded > seen ? coded : seen, pos + 1);
+    if (coded > pos || end < plan.count)
+        return;
+    if (seen.sinks > coded)
+        decode_own_block(job, u, scaled, coded, seen.sinks);
+    decode_own_block(job, u, scaled, seen.first > coded ? seen.first : coded, pos + 1);
 }

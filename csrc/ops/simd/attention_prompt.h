@@ -259,9 +259,10 @@ static void store_rows(const attention_job *job, const unit *u, const prompt_blo
     }
 }
 
-/* Every tile against the block of positions from `begin` on. Rows take [seen, stop) of it: from their window on, up to their own position or
- * to the end of what they read as codes (`own`: the block is theirs, in 16 bit). */
-static void attend_tiles(const attention_job *job, const prompt_block *b, int64_t first_pos, int64_t begin, int64_t end, bool own)
+/* Every tile against the block of positions from `begin` on. Rows take of it their sinks (`sinks`), or what follows from their window on,
+ * up to their own position or to the end of what they read as codes (`own`: the block is theirs, in 16 bit). */
+static void attend_tiles(const attention_job *job, const prompt_block *b, int64_t first_pos, int64_t begin, int64_t end, bool own,
+                         bool sinks)
 {
     const lco_attention_args *a = job->args;
     for (int64_t tile = 0; tile < b->tiles; tile++) {
@@ -269,7 +270,10 @@ static void attend_tiles(const attention_job *job, const prompt_block *b, int64_
         bool any = false;
         for (int64_t r = 0; r < TILE_ROWS; r++) {
             const int64_t row = tile * TILE_ROWS + r, pos = first_pos + (row < b->rows ? row : b->rows - 1) / job->group;
-            const int64_t from = first_seen(a, pos) - begin, coded = coded_end(a, pos), stop = own ? pos + 1 : coded;
+            const lco_seen sees = seen_at(a, pos);
+            const int64_t from = sinks ? 0 : sees.first - begin, coded = coded_end(a, pos);
+            int64_t stop = own ? pos + 1 : coded;
+            stop = sinks && sees.sinks < stop ? sees.sinks : stop;
             const int64_t to = own && coded != begin ? 0 : (stop < end ? stop : end) - begin;
             seen[r] = (span){from > 0 ? from : 0, to > 0 ? to : 0};
             any = any || seen[r].begin < seen[r].end;
@@ -279,25 +283,38 @@ static void attend_tiles(const attention_job *job, const prompt_block *b, int64_
     }
 }
 
+/* Positions [first, coded) as codes: sinks, or what follows. */
+static void attend_codes(const attention_job *job, const unit *u, int thread, const prompt_block *b, int64_t first, int64_t coded,
+                         bool sinks)
+{
+    const int64_t page_size = job->args->kv->page_size;
+    for (int64_t begin = block_begin(page_size, first), end; begin < coded; begin = end) {
+        end = block_end(page_size, begin);
+        convert_block(job, u, thread, b, begin, begin > first ? begin : first, end < coded ? end : coded);
+        attend_tiles(job, b, u->item->pos + u->first, begin, end, false, sinks);
+    }
+}
+
+/* A row takes its sinks first, and of each of the two what it reads as codes before what it reads from 16 bit of its own block. */
 static void prompt_unit(const attention_job *job, const unit *u, int thread)
 {
     const lco_attention_args *a = job->args;
-    const int64_t page_size = a->kv->page_size, first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1;
-    const int64_t seen_first = first_seen(a, first_pos), coded = coded_end(a, last_pos);
+    const int64_t first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1, coded = coded_end(a, last_pos);
+    const int64_t sinks = seen_at(a, last_pos).sinks;
     prompt_block b = carve(job, u, scratch_of(job, thread));
     load_queries(job, u, &b);
-    for (int64_t begin = block_begin(page_size, seen_first), end; begin < coded; begin = end) {
-        end = block_end(page_size, begin);
-        convert_block(job, u, thread, &b, begin, begin > seen_first ? begin : seen_first, end < coded ? end : coded);
-        attend_tiles(job, &b, first_pos, begin, end, false);
-    }
+    if (sinks > 0)
+        attend_codes(job, u, thread, &b, 0, sinks < coded ? sinks : coded, true);
+    attend_codes(job, u, thread, &b, seen_at(a, first_pos).first, coded, false);
     for (int64_t begin = coded_end(a, first_pos); a->kv->buffered && begin <= last_pos; begin += LCO_KV_BLOCK) {
         const int64_t end = begin + LCO_KV_BLOCK;
         uint8_t *own = lco_own_block(a->kv, u->item, begin / LCO_KV_BLOCK);
         convert_any(&b, LCO_BF16, (const uint8_t *)lco_tail_rows(a->kv, own, LCO_KEY, u->head),
                     (const uint8_t *)lco_tail_rows(a->kv, own, LCO_VALUE, u->head), NULL, NULL, 0, 0,
                     (end <= last_pos ? end : last_pos + 1) - begin);
-        attend_tiles(job, &b, first_pos, begin, end, true);
+        if (sinks > begin)
+            attend_tiles(job, &b, first_pos, begin, end, true, true);
+        attend_tiles(job, &b, first_pos, begin, end, true, false);
     }
     store_rows(job, u, &b);
 }
