@@ -132,8 +132,9 @@ class KVCache:
         layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and bytes_fetched (a slice: a layer of a page
         that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead), bytes_written (codes, scales
         and 16-bit rows that went to pages), and writes_skipped: tokens not computed and written, by reason: "padding" (masked out), "prefix" (found
-        in the prefix index), "duplicate" (the sequence held them already: `Sequence.keep`). pages_cached: held by the prefix index
-        alone. pages_released: left the window."""
+        in the prefix index), "duplicate" (the sequence held them already: `Sequence.keep`). pages_cached: held by the prefix index alone.
+        pages_released: left the window. pages_read and pages_left_out, largest_mass_left_out, step_mass_left_out, bounds_bytes: of page_tolerance
+        (docs/cache.md)."""
         stats = self._core.stats()
         return stats | {"writes_skipped": self._skipped | {"prefix": stats.pop("tokens_found")}}
 

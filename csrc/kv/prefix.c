@@ -173,6 +173,7 @@ lco_status lco_seq_adopt(lco_seq *seq, const int32_t *ids, int64_t n, int64_t *m
     seq->published = pages;
     seq->length = seq->exact = *matched = pages * size;
     kv->tokens_found += *matched;
+    lco_seq_release_unseen(seq);
     return LCO_OK;
 }
 

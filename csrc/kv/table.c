@@ -236,6 +236,7 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt)
         seq->exact += n;
     seq->kv->bytes_written += n * (int64_t)seq->kv->token_bytes;
     seq->kv->bytes_written += (o->write_buffer ? blocks * LCO_KV_BLOCK : n) * (int64_t)seq->kv->block_bytes / LCO_KV_BLOCK;
+    const int64_t page_size = seq->kv->options.page_size, full = seq->length / page_size;
     seq->length += n;
     seq->kv->tokens_appended += n;
     for (int64_t i = full; i < seq->length / page_size; i++)
@@ -326,8 +327,7 @@ lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
     if (status != LCO_OK)
         return status;
     const bool coded = seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK;
-    if (coded)
-        status = restore_tail(seq, length, err);
+    status = coded ? restore_tail(seq, length, err) : LCO_OK;
     if (status != LCO_OK)
         return status;
     seq->exact = exact_after(seq, length, coded && !as_held(seq, length));

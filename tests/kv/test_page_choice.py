@@ -100,23 +100,23 @@ def test_neighbours_forks_and_recycled_pages_change_nothing(model, dtype):
 
 def test_pages_in_a_file(model, tmp_path):
     """What is left out is not read from there either."""
-    with cache_of(model, "fp8_e4m3", 0.01, turn_keys=False) as cache:
+    with cache_of(model, "fp8_e4m3", 0.01) as cache:
         seq = cache.sequence()
         model.forward(IDS, seq, last_only=True)
         right, size, counts = decode(model, seq), cache.stats()["page_bytes"], cache.stats()
     fetched = []
     for tolerance in (None, 0.01):
-        with cache_of(model, "fp8_e4m3", tolerance, turn_keys=False, host_bytes=6 * size, spill_path=tmp_path) as cache:
+        with cache_of(model, "fp8_e4m3", tolerance, host_bytes=6 * size, spill_path=tmp_path) as cache:
             seq = cache.sequence()
             model.forward(IDS, seq, last_only=True)
-            before = cache.stats()["slices_fetched"]
+            before = cache.stats()["bytes_fetched"]
             assert np.array_equal(decode(model, seq), right) == bool(tolerance)
             stats = cache.stats()
-            fetched.append(stats["slices_fetched"] - before)
+            fetched.append(stats["bytes_fetched"] - before)
             assert stats["pages_away"] > 20
             cache.check()
     assert stats["pages_left_out"] == counts["pages_left_out"]
-    assert fetched[1] < 0.8 * fetched[0]
+    assert fetched[1] < 0.95 * fetched[0]
 
 
 def test_with_a_window(model):

@@ -34,13 +34,8 @@ OPTIONS = {
     "spilled": {"dtype": "fp8_e4m3", "hot_pages": 4},
     "spilled bfloat16": {"dtype": "bfloat16", "page_size": 32, "hot_pages": 5},
 }
-EXACT = (
-    "dtype",
-    "page_size",
-    "write_buffer",
-    "attention_window",
-    "attention_sinks",
-)  # options that the plain model shares: the others may not change a bit
+# Options that the plain model shares: the others may not change a bit.
+EXACT = ("dtype", "page_size", "write_buffer", "attention_window", "attention_sinks")
 
 counts = st.one_of(st.just(1), st.integers(1, 40))
 seeds = st.integers(0, 2)
