@@ -17,6 +17,7 @@ from ..errors import FormatError, UnsupportedError
 from .checkpoint import LoadedCheckpoint, in_threads
 from .gguf import BLOCKS, GgufTensor, read_gguf
 from .safetensors import BITS, WEIGHT_DTYPES, Tensor, make_tensor
+from .stored import of_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 DECODABLE = (2, 3, 6, 7, 8, 12, 13, 14)
@@ -79,7 +80,8 @@ def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None
         if tensor.name in tensors:
             raise FormatError(f"{path}: two tensors are '{tensor.name}'; expected one")
         tensors[tensor.name] = tensor
-    return LoadedCheckpoint(config, tensors, path, "gguf", path, metadata=metadata)
+    stored = {name: of_gguf(tensor.type_name, tensor.data.nbytes) for name, tensor, _ in jobs if tensor.type_name not in WEIGHT_DTYPES}
+    return LoadedCheckpoint(config, tensors, path, "gguf", path, metadata=metadata, stored=stored)
 
 
 def gguf_config(metadata: dict, tensors: dict[str, GgufTensor], path, tie_word_embeddings: bool | None = None) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder: config.json, generation_config.json, and safetensors in one file or in shards."""
+"""Reads a Hugging Face folder: config.json, generation_config.json, and safetensors in one file or in shards, quantised or not."""
 
 import os
 import re
@@ -12,6 +12,8 @@ from ..config import parse_config
 from ..errors import FormatError, MissingFileError, UnsupportedError
 from .cache_scales import take_cache_scales
 from .checkpoint import LoadedCheckpoint
+from .quant_config import LOADABLE
+from .quant_modules import decode_dtype, quantized_weights, read_folder_config, split_modules
 from .safetensors import WEIGHT_DTYPES, Tensor, parse_json, read_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -19,36 +21,28 @@ SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that old versions saved beside the weights; they follow from the config.
 NOT_WEIGHTS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point)$")
 
 
-def load_folder(path, tie_word_embeddings: bool | None = None) -> LoadedCheckpoint:
+def load_folder(path, tie_word_embeddings: bool | None = None, quantization_config: dict | None = None) -> LoadedCheckpoint:
     """The checkpoint in folder `path`. `tie_word_embeddings` overrides the config: True uses the embedding as output matrix.
+    `quantization_config` overrides what the files say of their quantisation. Quantised weights are not decoded yet.
 
     Raises MissingFileError, FormatError and UnsupportedError, each naming the file and tensor."""
     path = Path(path)
     raw = read_json(path / "config.json") if os.path.exists(path / "config.json") else _no_config(path)
-    quantisation = raw.get("quantization_config")
-    if quantisation and not _of_cache_alone(quantisation):
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise UnsupportedError(f"{path}/config.json: the weights are quantised ({method}); {_LOADABLE}")
+    quantisation = read_folder_config(path, raw, read_json, quantization_config)
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     config = parse_config(raw, generation, str(path / "config.json"))
-    found = _read_weights(path)
+    found = _read_weights(path, quantisation.file_stem)
     scales = take_cache_scales(found, config)
-    tensors = _normalise(found)
-    _check_biases(config, tensors)
-    config = _settle_head(path, config, tensors, tie_word_embeddings)
-    return LoadedCheckpoint(config, tensors, path, "safetensors", path, generation, scales)
-
-
-def _of_cache_alone(quantisation) -> bool:
-    """Whether a quantization_config speaks of the key/value cache and leaves the weights as they are."""
-    return isinstance(quantisation, dict) and bool(quantisation.get("kv_cache_scheme")) and not quantisation.get("config_groups", True)
-
-
-_LOADABLE = "16-bit and float32 safetensors load, and so do GGUF files (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)"
+    plain, modules = split_modules(_full_names(found))
+    tensors = _check_tensors(plain)
+    quantized = quantized_weights(config, modules, tensors, quantisation)
+    _check_biases(config, tensors, quantized)
+    config = _settle_head(path, config, tensors, quantized, tie_word_embeddings)
+    dtype = decode_dtype(raw)
+    return LoadedCheckpoint(config, tensors, path, "safetensors", path, generation, scales, quantized=quantized, decode_dtype=dtype)
 
 
 def read_json(path) -> dict:
@@ -75,12 +69,16 @@ def _listing(path, most=8):
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
 
 
-def _read_weights(path) -> dict[str, Tensor]:
-    if (path / SINGLE).exists():
-        return read_safetensors(path / SINGLE)[0]
-    if (path / INDEX).exists():
-        return _read_shards(path)
-    files = sorted(path.glob("*.safetensors"))
+def _read_weights(path, stem: str | None = None) -> dict[str, Tensor]:
+    """All tensors. Files named model* come first, then what the quantiser's config names (`stem`), then whatever is the only one."""
+    files, indices = sorted(path.glob("*.safetensors")), sorted(path.glob("*.safetensors.index.json"))
+    for name in ("model", *([stem] if stem else [])):
+        if (path / f"{name}.safetensors").exists():
+            return read_safetensors(path / f"{name}.safetensors")[0]
+        if (path / f"{name}.safetensors.index.json").exists():
+            return _read_shards(path / f"{name}.safetensors.index.json")
+    if len(indices) == 1:
+        return _read_shards(indices[0])
     if len(files) == 1:
         return read_safetensors(files[0])[0]
     if files:
@@ -94,41 +92,41 @@ def _read_weights(path) -> dict[str, Tensor]:
     raise MissingFileError(f"{path}: no {SINGLE} and no {INDEX}; the folder holds {_listing(path)}")
 
 
-def _read_shards(path) -> dict[str, Tensor]:
+def _read_shards(index_path) -> dict[str, Tensor]:
     """The tensors that the index names, each from the shard it names; other tensors and other files are ignored."""
-    index = read_json(path / INDEX)
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise FormatError(f"{path / INDEX}: weight_map is {places!r:.100}; expected an object of tensor name to file name")
+    path, places = index_path.parent, read_index(index_path)
     shards = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name or not name.isprintable():
-            raise FormatError(f"{path / INDEX}: weight_map names the file {name!r}; expected a file name without folders")
         try:
             shards[name] = read_safetensors(path / name)[0]
         except MissingFileError as error:
             wanted = sum(place == name for place in places.values())
-            raise MissingFileError(f"{error}; {INDEX} expects {wanted} tensors in it") from None
+            raise MissingFileError(f"{error}; {index_path.name} expects {wanted} tensors in it") from None
     tensors = {}
     for tensor, shard in places.items():
         if tensor not in shards[shard]:
-            raise FormatError(f"{path / shard}: tensor '{tensor}' is not in it, though {INDEX} says so")
+            raise FormatError(f"{path / shard}: tensor '{tensor}' is not in it, though {index_path.name} says so")
         tensors[tensor] = shards[shard][tensor]
     return tensors
 
 
-def _normalise(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under their names in a ForCausalLM checkpoint; refuses what cannot be loaded as weights."""
+def read_index(path) -> dict[str, str]:
+    """Tensor name -> file name, checked. Raises FormatError."""
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise FormatError(f"{path}: weight_map is {places!r:.100}; expected an object of tensor name to file name")
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not name.isprintable():
+            raise FormatError(f"{path}: weight_map names the file {name!r}; expected a file name without folders")
+    return places
+
+
+def _full_names(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their names in a ForCausalLM checkpoint, without those that are no weights."""
     tensors = {}
     for raw_name, tensor in found.items():
         if NOT_WEIGHTS.search(raw_name):
             continue
-        if QUANTISED.search(raw_name):
-            raise UnsupportedError(f"{tensor.file}: tensor '{raw_name}' belongs to a quantised checkpoint; {_LOADABLE}")
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise UnsupportedError(f"{tensor.file}: tensor '{raw_name}' is {tensor.dtype}; {_LOADABLE}")
-        if len(tensor.shape) not in (1, 2):
-            raise FormatError(f"{tensor.file}: tensor '{raw_name}' has shape {list(tensor.shape)}; expected one or two dimensions")
         bare = raw_name.startswith(("layers.", "embed_tokens.", "norm."))  # saved from the model without its head
         name = f"model.{raw_name}" if bare else raw_name
         if name in tensors:
@@ -137,8 +135,20 @@ def _normalise(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_biases(config, tensors):
-    """Refuses a file without a bias that the config promises; warns of biases that it denies, which are used all the same."""
+def _check_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors; refuses types and shapes that no plain weight has."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise UnsupportedError(f"{tensor.file}: tensor '{name}' is {tensor.dtype}; 16-bit and float32 weights load; {LOADABLE}")
+        if len(tensor.shape) not in (1, 2):
+            raise FormatError(f"{tensor.file}: tensor '{name}' has shape {list(tensor.shape)}; expected one or two dimensions")
+    return tensors
+
+
+def _check_biases(config, tensors, quantized):
+    """Refuses a file without a bias that the config promises; warns of biases that it denies, which are used all the same.
+
+    For quantised modules the file decides: one without its bias has none."""
     promised = set()
     for layer in range(config.num_hidden_layers):
         for stem in config.biased:
@@ -148,8 +158,13 @@ def _check_biases(config, tensors):
                 key = "mlp_bias" if stem.startswith("mlp.") else "attention_bias"
                 reason = f"{key} is true" if config.model_type != "qwen2" else "model_type 'qwen2' has it"
                 raise FormatError(f"{weight.file}: tensor '{name}.bias' is missing; the config expects it, as {reason}")
+            if name in quantized and f"{name}.bias" not in tensors:
+                warnings.warn(f"{quantized[name].file}: tensor '{name}.bias' is missing, which the config expects: the module has no bias")
             promised.add(f"{name}.bias")
     denied = [name for name in tensors if name.endswith(".bias") and name not in promised]
+    for name in [name for name in denied if name.removesuffix(".bias") in quantized and not tensors[name].numpy().any()]:
+        del tensors[name]  # quantisers of 2023 wrote biases of 0 for all modules
+        denied.remove(name)
     if denied:
         more = f" and {len(denied) - 1} more biases" if len(denied) > 1 else ""
         warnings.warn(
@@ -158,10 +173,11 @@ def _check_biases(config, tensors):
         )
 
 
-def _settle_head(path, config, tensors, wanted):
+def _settle_head(path, config, tensors, quantized, wanted):
     """Whether the embedding is the output matrix, from the config, the file and the caller; removes a head that is a copy."""
     tied = config.tie_word_embeddings if wanted is None else wanted
-    has_head, has_embedding = HEAD in tensors, EMBEDDING in tensors
+    head, embedding = HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")
+    has_head, has_embedding = HEAD in tensors or head in quantized, EMBEDDING in tensors or embedding in quantized
     if not has_embedding:
         raise FormatError(f"{path}: tensor '{EMBEDDING}' is missing from the checkpoint")
     if not tied and not has_head:
@@ -173,9 +189,10 @@ def _settle_head(path, config, tensors, wanted):
         )
         tied = True
     elif tied and has_head:
-        same = _equal(tensors[HEAD], tensors[EMBEDDING])
+        same = HEAD in tensors and EMBEDDING in tensors and _equal(tensors[HEAD], tensors[EMBEDDING])
         if same or wanted:
-            del tensors[HEAD]
+            tensors.pop(HEAD, None)
+            quantized.pop(head, None)
         else:
             warnings.warn(
                 f"{path}: tie_word_embeddings is true, but '{HEAD}' differs from '{EMBEDDING}'; using '{HEAD}' as output matrix "
