@@ -113,6 +113,7 @@ def _info(args):
         f"{bytes_text(facts['cache_bytes_per_token'])} ({bytes_text(facts['cache_bytes_per_token'] * facts['context'])} at full context)"
     )
     width = max(map(len, facts))
+    facts["stored"] = f"\n{'':{width}}  ".join(model.stored_lines())
     for key, value in facts.items():
         print(f"{key.replace('_', ' '):{width}}  {value}")
 

@@ -49,6 +49,6 @@ def summary(tensors: Iterable[Tensor], stored: dict[str, Stored]) -> list[dict]:
 
 def row_text(row: dict, size: str) -> str:
     """A row of `summary` in words; `size`: its bytes, in words."""
-    group = f"groups of {row['group_size']} {row['order']}" if row["group_size"] else ""
-    parts = (f"{row['count']} x {row['modules']}", row["format"], f"{row['bits']} bits", group, row["zeros"] or "", size)
-    return ", ".join(part for part in parts if part)
+    coded = [f"{row['bits']} bits", f"groups of {row['group_size']} {row['order']}"] if row["group_size"] else []
+    zeros = [row["zeros"]] if row["zeros"] else []
+    return ", ".join([f"{row['count']} x {row['modules']}", row["format"], *coded, *zeros, size])
