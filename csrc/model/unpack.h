@@ -15,7 +15,7 @@
  *   whole   p = 32 / b values a word, lowest bits first, unused bits on top: 3-bit values never straddle
  *   awq     4 bits; nibble i of a word is its value 0, 2, 4, 6, 1, 3, 5, 7 [i]
  *
- * For 2, 4 and 8 bits stream and whole are the same. */
+ * For 2, 4 and 8 bits stream and whole are the same; for 3, newer versions of compressed-tensors write stream. */
 #ifndef LCO_MODEL_UNPACK_H
 #define LCO_MODEL_UNPACK_H
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .gptq import SCALE_DTYPES, Module, checked_order, settled, stored
+from .gptq import SCALE_DTYPES, Module, checked_order, group_size, settled, stored
 from .quant_config import BITS
 from .quantized import Packed, QuantizedWeight, pack_words, words_of
 
@@ -12,15 +12,17 @@ def compressed_weight(module: Module) -> QuantizedWeight:
     outputs, inputs = module.shape
     packed = module.take("weight_packed", ("I32", "U32"))
     _check_shape(module, outputs, inputs)
-    bits = _bits(module, packed, inputs)
-    module.must_be("weight_packed", (outputs, pack_words(inputs, bits, "whole")), f" for {bits} bits, {inputs} inputs, {outputs} outputs")
+    bits, kind = _packing(module, packed, inputs)
+    module.must_be("weight_packed", (outputs, packed.shape[1]), f" for {outputs} outputs")
     scales = module.take("weight_scale", SCALE_DTYPES)
     groups = scales.shape[1]
     module.must_be("weight_scale", (outputs, groups), f": a row of scales for each of {outputs} outputs")
-    size = _group_size(module, inputs, groups)
-    codes = Packed(words_of(packed), bits, "whole", outputs, inputs, (packed.shape[1], 1))
-    zeros = _zeros(module, bits, groups, outputs)
-    order = _order(module, inputs, groups, size)
+    order = _order(module, inputs, groups)
+    size = group_size(module, "weight_scale", groups, order)
+    if order is not None and np.array_equal(order, np.arange(inputs) // size):
+        order = None
+    codes = Packed(words_of(packed), bits, kind, outputs, inputs, (packed.shape[1], 1))
+    zeros = _zeros(module, bits, kind, groups, outputs)
     return QuantizedWeight(
         module.name,
         module.file,
@@ -47,27 +49,21 @@ def _check_shape(module, outputs, inputs):
         module.fail("shape", "weight_shape", f"{shape}", f"[{outputs}, {inputs}] from the config")
 
 
-def _bits(module, packed, inputs):
-    fitting = [bits for bits in BITS if pack_words(inputs, bits, "whole") == packed.shape[1]]
+def _packing(module, packed, inputs):
+    """(bits, kind) from the columns of weight_packed. Older versions put ten 3-bit values into a word, newer ones 32 into three."""
+    width, said = packed.shape[1], module.said.bits
+    fitting = [(bits, kind) for bits in BITS for kind in ("whole", "stream") if pack_words(inputs, bits, kind) == width]
     if not fitting:
-        counts = ", ".join(f"{pack_words(inputs, bits, 'whole')} for {bits} bits" for bits in BITS)
+        counts = ", ".join(f"{pack_words(inputs, bits, 'stream')} for {bits} bits" for bits in BITS)
         module.fail("shape", "weight_packed", f"shape {list(packed.shape)}", f"columns: {counts} and {inputs} inputs")
-    if module.said.bits in fitting:
-        return module.said.bits
-    module.agree("bits", fitting[0], "weight_packed")
+    for bits, kind in fitting:
+        if said == bits:
+            return bits, kind
+    module.agree("bits", fitting[0][0], "weight_packed")
     return fitting[0]
 
 
-def _group_size(module, inputs, groups):
-    if inputs % groups:
-        module.fail("shape", "weight_scale", f"{groups} groups for {inputs} inputs", "groups of one size")
-    size, said = inputs // groups, module.said.group_size
-    if said is not None and size != (inputs if said == -1 else said):
-        module.agree("group_size", size, "weight_scale")
-    return size
-
-
-def _zeros(module, bits, groups, outputs):
+def _zeros(module, bits, kind, groups, outputs):
     """Zero points as codes, packed along the outputs or, in files of older versions, as signed bytes [N, G]."""
     if "weight_zero_point" not in module.tensors:
         if module.said.sym is False:
@@ -78,12 +74,12 @@ def _zeros(module, bits, groups, outputs):
         module.must_be("weight_zero_point", (outputs, groups), ": a zero for every scale")
         zeros = tensor.data.view(np.int8).reshape(outputs, groups).T.astype(np.int16) + 2 ** (bits - 1)
     else:
-        module.must_be("weight_zero_point", (pack_words(outputs, bits, "whole"), groups), f" for {bits} bits and {outputs} outputs")
-        zeros = Packed(words_of(tensor), bits, "whole", groups, outputs, (1, groups)).lines_of(0, groups)
+        module.must_be("weight_zero_point", (pack_words(outputs, bits, kind), groups), f" for {bits} bits and {outputs} outputs")
+        zeros = Packed(words_of(tensor), bits, kind, groups, outputs, (1, groups)).lines_of(0, groups)
     return settled(zeros, bits)
 
 
-def _order(module, inputs, groups, size):
+def _order(module, inputs, groups):
     """weight_g_idx; its writers fill it with -1 when there is no order."""
     if "weight_g_idx" not in module.tensors:
         return None
@@ -92,5 +88,4 @@ def _order(module, inputs, groups, size):
     order = tensor.data.view(np.int32 if tensor.dtype == "I32" else np.int64)
     if (order == -1).all():
         return None
-    order = checked_order(module, "weight_g_idx", order, groups)
-    return None if order is None or np.array_equal(order, np.arange(inputs) // size) else order
+    return checked_order(module, "weight_g_idx", order, groups)

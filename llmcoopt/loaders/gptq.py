@@ -88,7 +88,7 @@ def gptq_weight(module: Module, file_hint: Scheme | None = None) -> QuantizedWei
     groups = scales.shape[0]
     module.must_be("scales", (groups, outputs), f": a scale for each of {outputs} outputs")
     order = _order(module, inputs, groups)
-    size = _group_size(module, inputs, groups, order, file_hint)
+    size = group_size(module, "scales", groups, order, file_hint)
     if order is not None and np.array_equal(order, np.arange(inputs, dtype=np.int32) // size):
         order = None
     zeros = _zeros(module, bits, groups, outputs)
@@ -113,7 +113,7 @@ def awq_weight(module: Module) -> QuantizedWeight:
     module.must_be("qzeros", (groups, outputs // 8), why)
     if inputs % groups:
         module.fail("shape", "scales", f"{groups} groups for {inputs} inputs", "groups of one size")
-    _check_size(module, inputs, groups)
+    _said_size(module, "scales", groups)
     strides = (outputs // 8, 1)
     zeros = Packed(words_of(qzeros), 4, "awq", groups, outputs, strides).lines_of(0, groups)
     codes = Packed(words_of(module.tensors["qweight"]), 4, "awq", inputs, outputs, strides)
@@ -200,24 +200,22 @@ def checked_order(module, part, order, groups):
     return order.astype(np.int32)
 
 
-def _check_size(module, inputs, groups):
-    """The config's group size gives as many groups as there are; returns it, or None when the config has none."""
-    said = module.said.group_size
+def _said_size(module, part, groups):
+    """The config's group size, which must give as many groups as there are; None when the config has none."""
+    inputs, said = module.shape[1], module.said.group_size
     if said is None:
         return None
     size = inputs if said == -1 else min(said, inputs)
     if -(-inputs // size) != groups:
-        found = f"{groups} rows of scales"
         expected = f"{-(-inputs // size)} for {inputs} inputs in groups of {said}, as {module.config.source} says"
-        module.fail(
-            "quantisation-config", "scales", found, expected, "if the tensors are right, pass quantization_config={'group_size': ...}"
-        )
+        advice = "if the tensors are right, pass quantization_config={'group_size': ...}"
+        module.fail("quantisation-config", part, f"{groups} groups", expected, advice)
     return size
 
 
-def _group_size(module, inputs, groups, order, hint):
-    """From the config; else from the number of groups, the file's name and g_idx, with a warning when it is a guess."""
-    said = _check_size(module, inputs, groups)
+def group_size(module: Module, part: str, groups: int, order: np.ndarray | None, hint: Scheme | None = None) -> int:
+    """From the config; else from the number of groups, the file's name and g_idx, with a note when it is a guess."""
+    said, inputs = _said_size(module, part, groups), module.shape[1]
     if said is not None:
         return said
     hinted = hint.group_size if hint is not None else None
@@ -230,10 +228,10 @@ def _group_size(module, inputs, groups, order, hint):
     if not fitting:
         named = f" (the file's name says groups of {hinted})" if hinted is not None else ""
         advice = "pass quantization_config={'group_size': ...}"
-        module.fail("quantisation-config", "scales", f"{groups} groups for {inputs} inputs{named}", "a usual group size", advice)
+        module.fail("quantisation-config", part, f"{groups} groups for {inputs} inputs{named}", "a usual group size", advice)
     if inputs % groups and order is None and hinted is None:
         found = f"{groups} groups for {inputs} inputs: groups of {fitting[0]} assumed"
-        module.note("guess", "scales", found, "a config", "pass quantization_config={'group_size': ...} to say otherwise")
+        module.note("guess", part, found, "a config", "pass quantization_config={'group_size': ...} to say otherwise")
     return min(fitting[0], inputs)
 
 

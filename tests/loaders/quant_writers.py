@@ -107,18 +107,18 @@ def awq(weight, group=32, sym=False, scale_dtype="float16"):
     return tensors, values(codes, scales, zeros, g_idx)
 
 
-def compressed(weight, bits=4, group=32, sym=True, order=None, scale_dtype="bfloat16", byte_zeros=False):
+def compressed(weight, bits=4, group=32, sym=True, order=None, scale_dtype="bfloat16", byte_zeros=False, dense=False):
     g_idx = groups_of(weight.shape[1], group, order)
     codes, scales, zeros = quantise(weight, bits, g_idx, sym, scale_dtype)
     tensors = {
-        "weight_packed": int32(pack_whole(codes, bits)),
+        "weight_packed": int32((pack_stream if dense else pack_whole)(codes, bits)),
         "weight_scale": np.ascontiguousarray(scales.T),
         "weight_shape": np.array(weight.shape, np.int64),
     }
     if not sym and byte_zeros:
         tensors["weight_zero_point"] = np.ascontiguousarray((zeros - 2 ** (bits - 1)).T.astype(np.int8))
     elif not sym:
-        tensors["weight_zero_point"] = int32(pack_columns(zeros, bits))
+        tensors["weight_zero_point"] = int32(pack_stream(zeros, bits).T if dense else pack_columns(zeros, bits))
     if order is not None:
         tensors["weight_g_idx"] = g_idx
     return tensors, values(codes, scales, zeros, g_idx)
@@ -162,7 +162,7 @@ def compressed_config(bits=4, group=32, sym=True, order=None):
 
 
 CONFIGS = {"gptq": gptq_config, "awq": awq_config, "compressed-tensors": compressed_config}
-_NO_CONFIG_KEYS = ("scale_dtype", "with_g_idx", "byte_zeros")
+_NO_CONFIG_KEYS = ("scale_dtype", "with_g_idx", "byte_zeros", "dense")
 
 
 def make(

@@ -154,23 +154,11 @@ def test_generation_config_wins(tmp_path):
     assert checkpoint.generation_config["temperature"] == 0.6
 
 
-def test_quantised_checkpoints_are_refused(tmp_path):
+def test_the_fp8_stub_is_refused(data, tmp_path):
     checkpoints.make(tmp_path)
-    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedError, match=r"quantised \(gptq\).*GGUF"):
+    (tmp_path / "model.safetensors").write_bytes((data / "quant-ref/safetensors/fp8.safetensors").read_bytes())
+    with pytest.raises(UnsupportedError, match=r"FP8 weights"):
         load(tmp_path)
-    edit_json(tmp_path / "config.json", quantization_config=None)
-    rewrite(tmp_path, lambda arrays: {**arrays, "model.layers.0.mlp.up_proj.qweight": np.zeros((2, 2), np.float32)})
-    with pytest.raises(UnsupportedError, match=r"'model\.layers\.0\.mlp\.up_proj\.qweight' belongs to a quantised"):
-        load(tmp_path)
-
-
-def test_the_gptq_and_fp8_stubs_are_refused(data, tmp_path):
-    for stem in ("gptq", "fp8"):
-        checkpoints.make(tmp_path)
-        (tmp_path / "model.safetensors").write_bytes((data / f"quant-ref/safetensors/{stem}.safetensors").read_bytes())
-        with pytest.raises(UnsupportedError, match=r"quantised|F8_E4M3"):
-            load(tmp_path)
 
 
 def test_wrong_ranks(tmp_path):

@@ -47,6 +47,10 @@ VARIANTS = {
     "compressed 4": ("compressed-tensors", {}),
     "compressed 8": ("compressed-tensors", {"bits": 8}),
     "compressed 3": ("compressed-tensors", {"bits": 3}),
+    "compressed 3 asymmetric": ("compressed-tensors", {"bits": 3, "sym": False}),
+    "compressed 3 dense": ("compressed-tensors", {"bits": 3, "dense": True}),
+    "compressed 3 dense asymmetric": ("compressed-tensors", {"bits": 3, "dense": True, "sym": False}),
+    "compressed short last group": ("compressed-tensors", {"group": 64, "sym": False}),
     "compressed 4 asymmetric": ("compressed-tensors", {"sym": False}),
     "compressed 8 asymmetric, channels": ("compressed-tensors", {"bits": 8, "sym": False, "group": -1}),
     "compressed zeros in bytes": ("compressed-tensors", {"sym": False, "byte_zeros": True}),
@@ -173,10 +177,10 @@ def test_every_shape(layout, bits, outputs, inputs, group, sym, shuffled, versio
     if layout == "gptq":
         how |= {"bits": bits, "order": rng if shuffled else None, "version": version}
         said = {"zeros": version}
-    elif inputs % (inputs if group == -1 else group):
-        return  # the other layouts have no short groups
+    elif layout == "awq" and inputs % (inputs if group == -1 else group):
+        return  # it has no short groups
     elif layout == "compressed-tensors":
-        how |= {"bits": bits, "order": rng if shuffled else None}
+        how |= {"bits": bits, "order": rng if shuffled else None, "dense": version == "v2"}
     parts, meant = quant_writers.WRITERS[layout](weight, **how)
     kinds = {x: name for name, x in checkpoints.KINDS.items()}
     tensors = {k: make_tensor(k, kinds[x.dtype.type], x.shape, x.reshape(-1).view(np.uint8).copy(), "f") for k, x in parts.items()}

@@ -57,11 +57,11 @@ def test_published_words():
     assert pack_stream(np.full((1, 32), 4), 3)[0].tolist() == [0x24924924, 0x49249249, 0x92492492]
 
 
-@pytest.mark.parametrize(
-    "part, strides, n_words",
-    [((0, 2, 0, 9), (2, 1), 3), ((1, 1, 0, 8), (2, 1), 2), ((-1, 1, 0, 8), (1, 1), 4), ((0, 1, -8, 8), (1, 1), 4)]
-    + [((0, 1, 0, 8), (-1, 1), 4), ((0, 1, 2**62, 8), (1, 1), 4), ((2**62, 8, 0, 1), (2**62, 1), 4), ((0, 1, 0, 33), (1, 1), 4)],
-)
+OUTSIDE = [((0, 2, 0, 9), (2, 1), 3), ((1, 1, 0, 8), (2, 1), 2), ((-1, 1, 0, 8), (1, 1), 4), ((0, 1, -8, 8), (1, 1), 4)]
+OUTSIDE += [((0, 1, 0, 8), (-1, 1), 4), ((0, 1, 2**62, 8), (1, 1), 4), ((2**62, 8, 0, 1), (2**62, 1), 4), ((0, 1, 0, 33), (1, 1), 4)]
+
+
+@pytest.mark.parametrize("part, strides, n_words", OUTSIDE)
 def test_parts_outside_the_words_are_refused(part, strides, n_words):
     out = np.zeros((max(0, part[1]), max(0, part[3])), np.uint8)
     with pytest.raises(ValueError):
