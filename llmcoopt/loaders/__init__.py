@@ -12,6 +12,8 @@ from .gguf import read_metadata
 from .gguf_model import load_gguf
 from .hf import load_folder
 from .hub import resolve
+from .lint import lint
+from .lint import to_json as finding_to_json
 from .quantized import QuantizedWeight, dequantize_all
 from .safetensors import BITS, Tensor, read_safetensors
 from .stored import of_quantized, row_text, summary
@@ -20,6 +22,8 @@ __all__ = [
     "LoadedCheckpoint",
     "QuantizedWeight",
     "Tensor",
+    "finding_to_json",
+    "lint",
     "load",
     "read_metadata",
     "read_safetensors",

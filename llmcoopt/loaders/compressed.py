@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .gptq import SCALE_DTYPES, Module, checked_order, group_size, settled, stored
+from .gptq import SCALE_DTYPES, Module, checked_order, group_size, said_size, settled, stored
 from .quant_config import BITS
 from .quantized import Packed, QuantizedWeight, pack_words, words_of
 
@@ -17,6 +17,7 @@ def compressed_weight(module: Module) -> QuantizedWeight:
     scales = module.take("weight_scale", SCALE_DTYPES)
     groups = scales.shape[1]
     module.must_be("weight_scale", (outputs, groups), f": a row of scales for each of {outputs} outputs")
+    said_size(module, "weight_scale", groups)
     order = _order(module, inputs, groups)
     size = group_size(module, "weight_scale", groups, order)
     if order is not None and np.array_equal(order, np.arange(inputs) // size):

@@ -42,8 +42,9 @@ class FoundUnsupported(UnsupportedError):
 
 
 class FoundWarning(UserWarning):
-    """A warning that keeps its finding."""
+    """A warning that keeps its findings, all of one kind; the text is of the first."""
 
-    def __init__(self, finding: Finding, more: int = 0):
-        super().__init__(str(finding) + (f" (and {more} more tensors)" if more else ""))
-        self.finding = finding
+    def __init__(self, findings: list[Finding]):
+        more = len(findings) - 1
+        super().__init__(str(findings[0]) + (f" (and {more} more tensors)" if more else ""))
+        self.findings = findings

@@ -87,6 +87,7 @@ def gptq_weight(module: Module, file_hint: Scheme | None = None) -> QuantizedWei
     module.must_be("qweight", (pack_words(inputs, bits, "stream"), outputs), f" for {bits} bits, {inputs} inputs and {outputs} outputs")
     groups = scales.shape[0]
     module.must_be("scales", (groups, outputs), f": a scale for each of {outputs} outputs")
+    said_size(module, "scales", groups)  # first: that groups of g_idx are out of range would follow from it
     order = _order(module, inputs, groups)
     size = group_size(module, "scales", groups, order, file_hint)
     if order is not None and np.array_equal(order, np.arange(inputs, dtype=np.int32) // size):
@@ -110,10 +111,10 @@ def awq_weight(module: Module) -> QuantizedWeight:
     module.must_be("qweight", (inputs, outputs // 8), why)
     groups = scales.shape[0]
     module.must_be("scales", (groups, outputs), why)
-    module.must_be("qzeros", (groups, outputs // 8), why)
+    said_size(module, "scales", groups)
     if inputs % groups:
         module.fail("shape", "scales", f"{groups} groups for {inputs} inputs", "groups of one size")
-    _said_size(module, "scales", groups)
+    module.must_be("qzeros", (groups, outputs // 8), why)
     strides = (outputs // 8, 1)
     zeros = Packed(words_of(qzeros), 4, "awq", groups, outputs, strides).lines_of(0, groups)
     codes = Packed(words_of(module.tensors["qweight"]), 4, "awq", inputs, outputs, strides)
@@ -200,7 +201,7 @@ def checked_order(module, part, order, groups):
     return order.astype(np.int32)
 
 
-def _said_size(module, part, groups):
+def said_size(module, part, groups):
     """The config's group size, which must give as many groups as there are; None when the config has none."""
     inputs, said = module.shape[1], module.said.group_size
     if said is None:
@@ -215,7 +216,7 @@ def _said_size(module, part, groups):
 
 def group_size(module: Module, part: str, groups: int, order: np.ndarray | None, hint: Scheme | None = None) -> int:
     """From the config; else from the number of groups, the file's name and g_idx, with a note when it is a guess."""
-    said, inputs = _said_size(module, part, groups), module.shape[1]
+    said, inputs = said_size(module, part, groups), module.shape[1]
     if said is not None:
         return said
     hinted = hint.group_size if hint is not None else None

@@ -12,8 +12,9 @@ from ..config import parse_config
 from ..errors import FormatError, MissingFileError, UnsupportedError
 from .cache_scales import take_cache_scales
 from .checkpoint import LoadedCheckpoint
+from .findings import Finding
 from .quant_config import LOADABLE
-from .quant_modules import decode_dtype, quantized_weights, read_folder_config, split_modules
+from .quant_modules import decode_dtype, quantized_weights, read_folder_config, split_modules, warn
 from .safetensors import WEIGHT_DTYPES, Tensor, parse_json, read_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -29,18 +30,18 @@ def load_folder(path, tie_word_embeddings: bool | None = None, quantization_conf
 
     Raises MissingFileError, FormatError and UnsupportedError, each naming the file and tensor."""
     path = Path(path)
-    raw = read_json(path / "config.json") if os.path.exists(path / "config.json") else _no_config(path)
+    raw = read_json(path / "config.json") if os.path.exists(path / "config.json") else no_config(path)
     quantisation = read_folder_config(path, raw, read_json, quantization_config)
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     config = parse_config(raw, generation, str(path / "config.json"))
-    found = _read_weights(path, quantisation.file_stem)
+    found = _read_weights(find_weights(path, quantisation.file_stem))
     scales = take_cache_scales(found, config)
-    plain, modules = split_modules(_full_names(found))
+    plain, modules = split_modules(full_names(found))
     tensors = _check_tensors(plain)
     quantized = quantized_weights(config, modules, tensors, quantisation)
-    _check_biases(config, tensors, quantized)
-    config = _settle_head(path, config, tensors, quantized, tie_word_embeddings)
+    check_biases(config, tensors, quantized)
+    config = settle_head(path, config, tensors, quantized, tie_word_embeddings)
     dtype = decode_dtype(raw)
     return LoadedCheckpoint(config, tensors, path, "safetensors", path, generation, scales, quantized=quantized, decode_dtype=dtype)
 
@@ -55,7 +56,7 @@ def read_json(path) -> dict:
         raise MissingFileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _no_config(path):
+def no_config(path):
     ggufs = sorted(p.name for p in path.glob("*.gguf"))
     advice = f"pass a GGUF file itself: {path / ggufs[0]}" if ggufs else f"the folder holds {_listing(path)}"
     raise MissingFileError(f"{path}: no config.json, which a Hugging Face folder has; {advice}")
@@ -69,18 +70,18 @@ def _listing(path, most=8):
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
 
 
-def _read_weights(path, stem: str | None = None) -> dict[str, Tensor]:
-    """All tensors. Files named model* come first, then what the quantiser's config names (`stem`), then whatever is the only one."""
+def find_weights(path: Path, stem: str | None = None) -> Path:
+    """The file of all weights, or the index of several. Files named model* come first, then what the quantiser's config names (`stem`),
+    then whatever is the only one. Raises MissingFileError, or UnsupportedError when there are Python pickles only."""
     files, indices = sorted(path.glob("*.safetensors")), sorted(path.glob("*.safetensors.index.json"))
-    for name in ("model", *([stem] if stem else [])):
-        if (path / f"{name}.safetensors").exists():
-            return read_safetensors(path / f"{name}.safetensors")[0]
-        if (path / f"{name}.safetensors.index.json").exists():
-            return _read_shards(path / f"{name}.safetensors.index.json")
+    named = [path / f"{name}.{kind}" for name in ("model", stem) if name for kind in ("safetensors", "safetensors.index.json")]
+    for place in named:
+        if place.exists():
+            return place
     if len(indices) == 1:
-        return _read_shards(indices[0])
+        return indices[0]
     if len(files) == 1:
-        return read_safetensors(files[0])[0]
+        return files[0]
     if files:
         raise MissingFileError(f"{path}: {len(files)} safetensors files ({files[0].name}, ...) but no {INDEX} that says what they hold")
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
@@ -90,6 +91,10 @@ def _read_weights(path, stem: str | None = None) -> dict[str, Tensor]:
             f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
         )
     raise MissingFileError(f"{path}: no {SINGLE} and no {INDEX}; the folder holds {_listing(path)}")
+
+
+def _read_weights(place: Path) -> dict[str, Tensor]:
+    return _read_shards(place) if place.suffix == ".json" else read_safetensors(place)[0]
 
 
 def _read_shards(index_path) -> dict[str, Tensor]:
@@ -121,7 +126,7 @@ def read_index(path) -> dict[str, str]:
     return places
 
 
-def _full_names(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def full_names(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under their names in a ForCausalLM checkpoint, without those that are no weights."""
     tensors = {}
     for raw_name, tensor in found.items():
@@ -145,11 +150,11 @@ def _check_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_biases(config, tensors, quantized):
+def check_biases(config, tensors, quantized):
     """Refuses a file without a bias that the config promises; warns of biases that it denies, which are used all the same.
 
     For quantised modules the file decides: one without its bias has none."""
-    promised = set()
+    promised, missing = set(), []
     for layer in range(config.num_hidden_layers):
         for stem in config.biased:
             name = f"model.layers.{layer}.{stem}"
@@ -159,21 +164,20 @@ def _check_biases(config, tensors, quantized):
                 reason = f"{key} is true" if config.model_type != "qwen2" else "model_type 'qwen2' has it"
                 raise FormatError(f"{weight.file}: tensor '{name}.bias' is missing; the config expects it, as {reason}")
             if name in quantized and f"{name}.bias" not in tensors:
-                warnings.warn(f"{quantized[name].file}: tensor '{name}.bias' is missing, which the config expects: the module has no bias")
+                missing.append(
+                    Finding("bias", quantized[name].file, f"{name}.bias", "missing: no bias is used", "it, by the config", error=False)
+                )
             promised.add(f"{name}.bias")
     denied = [name for name in tensors if name.endswith(".bias") and name not in promised]
     for name in [name for name in denied if name.removesuffix(".bias") in quantized and not tensors[name].numpy().any()]:
         del tensors[name]  # quantisers of 2023 wrote biases of 0 for all modules
         denied.remove(name)
-    if denied:
-        more = f" and {len(denied) - 1} more biases" if len(denied) > 1 else ""
-        warnings.warn(
-            f"{tensors[denied[0]].file}: tensor '{denied[0]}'{more} used, though the config of model_type {config.model_type!r} says "
-            f"that there is none (attention_bias {config.attention_bias}, mlp_bias {config.mlp_bias})"
-        )
+    said = f"none by the config of model_type {config.model_type!r} (attention_bias {config.attention_bias}, mlp_bias {config.mlp_bias})"
+    warn(missing)
+    warn([Finding("bias", tensors[name].file, name, "used", said, error=False) for name in denied])
 
 
-def _settle_head(path, config, tensors, quantized, wanted):
+def settle_head(path, config, tensors, quantized, wanted):
     """Whether the embedding is the output matrix, from the config, the file and the caller; removes a head that is a copy."""
     tied = config.tie_word_embeddings if wanted is None else wanted
     head, embedding = HEAD.removesuffix(".weight"), EMBEDDING.removesuffix(".weight")
@@ -183,10 +187,8 @@ def _settle_head(path, config, tensors, quantized, wanted):
     if not tied and not has_head:
         if wanted is False:
             raise FormatError(f"{path}: tensor '{HEAD}' is missing; expected it, as tie_word_embeddings=False was asked for")
-        warnings.warn(
-            f"{path}: tie_word_embeddings is false, but tensor '{HEAD}' is missing; using '{EMBEDDING}' as output matrix "
-            f"(pass tie_word_embeddings=True to say so)"
-        )
+        found, advice = f"missing: '{EMBEDDING}' is the output matrix", "pass tie_word_embeddings=True to say so"
+        warn([Finding("tied", str(path), HEAD, found, "it, as tie_word_embeddings is false", advice, error=False)])
         tied = True
     elif tied and has_head:
         same = HEAD in tensors and EMBEDDING in tensors and _equal(tensors[HEAD], tensors[EMBEDDING])
@@ -194,10 +196,9 @@ def _settle_head(path, config, tensors, quantized, wanted):
             tensors.pop(HEAD, None)
             quantized.pop(head, None)
         else:
-            warnings.warn(
-                f"{path}: tie_word_embeddings is true, but '{HEAD}' differs from '{EMBEDDING}'; using '{HEAD}' as output matrix "
-                f"(pass tie_word_embeddings=True to use the embedding, False to silence this)"
-            )
+            found = f"it differs from '{EMBEDDING}' and is used as output matrix"
+            advice = "pass tie_word_embeddings=True to use the embedding, False to silence this"
+            warn([Finding("tied", str(path), HEAD, found, "the same, as tie_word_embeddings is true", advice, error=False)])
             tied = False
     return replace(config, tie_word_embeddings=tied)
 

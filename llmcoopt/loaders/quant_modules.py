@@ -91,7 +91,7 @@ def warn(notes: list[Finding]):
     for note in notes:
         kinds.setdefault(note.kind, []).append(note)
     for same in kinds.values():
-        warnings.warn(FoundWarning(same[0], len(same) - 1))
+        warnings.warn(FoundWarning(same))
 
 
 def _guess(weight):
