@@ -196,9 +196,9 @@ class _Lint:
     def filling(self, tensor: str, weight: QuantizedWeight):
         """Every group has as many inputs as the group size says, but one that takes what is left."""
         counts = np.bincount(weight.g_idx, minlength=weight.groups)
-        left = weight.in_features - (weight.groups - 1) * weight.group_size
         wrong = np.flatnonzero(counts != weight.group_size)
-        if len(wrong) == 0 or (len(wrong) == 1 and counts[wrong[0]] == left):
+        short = weight.in_features % weight.group_size != 0
+        if len(wrong) <= short:
             return
         group = int(wrong[np.argmin(counts[wrong])])
         found = f"group {group} has {int(counts[group])} inputs, and {len(wrong) - 1} other groups differ too"

@@ -154,6 +154,17 @@ def test_g13_all_zero_g_idx(tmp_path):
         load(tmp_path)
 
 
+def test_g13_compressed_tensors_without_order(tmp_path):
+    """Its writers fill weight_g_idx with -1 when there is no order."""
+
+    def edit(tensors):
+        tensors |= {name: np.full_like(x, -1) for name, x in tensors.items() if name.endswith("g_idx")}
+
+    sorted_numbers = type("InOrder", (), {"permutation": staticmethod(lambda g_idx: g_idx)})()
+    _, meant = make(tmp_path, "compressed-tensors", order=sorted_numbers, edit=edit)
+    same(silently(tmp_path), meant, "bfloat16")
+
+
 def test_g13_act_order_without_g_idx(tmp_path):
     make(tmp_path, with_g_idx=False, config={**gptq_config(), "desc_act": True})
     with pytest.warns(UserWarning, match="missing, though .* says desc_act: loaded with groups in order"):

@@ -49,6 +49,8 @@ def test_published_words():
     out = np.empty((1, 32), np.uint8)
     unpack(pack_stream(codes, 3), 3, 0, (3, 1), (0, 1, 0, 32), False, out)
     assert out[0, 10] == 2 and out[0, 21] == 5 and (out == codes).all()
+    unpack(np.full(3, 2**32 - 1, np.uint32), 3, 0, (3, 1), (0, 1, 0, 32), False, out)
+    assert (out == 7).all()
     words = {2: (0x55555555, 0xAAAAAAAA), 4: (0x77777777, 0x88888888), 8: (0x7F7F7F7F, 0x80808080)}
     for bits, (v1, v2) in words.items():
         zeros = np.full((1, 32), 2 ** (bits - 1))
