@@ -60,6 +60,8 @@ def load(
         checkpoint = load_folder(place, tie_word_embeddings, quantization_config)
     elif place.suffix == ".safetensors":
         raise ArgumentError(f"{place}: one file of weights; pass its folder {place.parent}, which holds config.json too")
+    elif quantization_config is not None:
+        raise ArgumentError(f"{place}: a GGUF file says itself how its weights are quantised; expected quantization_config=None")
     else:
         checkpoint = load_gguf(place, wanted or "BF16", tie_word_embeddings)
     decoded = dequantize_all(list(checkpoint.quantized.values()), wanted or checkpoint.decode_dtype)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
 

@@ -186,6 +186,18 @@ def test_biases(tmp_path):
     assert f"'{name}' is missing" in only(tmp_path, "bias", None, "the config expects it").found
 
 
+@pytest.mark.parametrize(
+    "value, found", [(0.5, None), (0.0, "holds the scale 0; expected a number above 0"), (np.nan, "holds the scale nan")]
+)
+def test_cache_scales(tmp_path, value, found):
+    checkpoints.make(tmp_path)
+    rewrite(tmp_path, lambda arrays: {**arrays, "model.layers.0.self_attn.k_scale": np.full(1, value, np.float32)})
+    if found is None:
+        assert lint(tmp_path) == []
+    else:
+        only(tmp_path, "cache-scales", None, found)
+
+
 def test_several_faults_of_modules(tmp_path):
     """One bad module does not hide another."""
     make(tmp_path)

@@ -429,6 +429,12 @@ def test_unknown_overrides_are_refused(tmp_path):
         load(tmp_path, quantization_config={"bit": 4})
 
 
+def test_gguf_files_take_no_override(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ArgumentError, match=r"x\.gguf: a GGUF file says itself"):
+        load(tmp_path / "x.gguf", quantization_config={"bits": 4})
+
+
 def test_a_config_without_quantised_tensors(tmp_path):
     weights = checkpoints.make(tmp_path, **SHAPE)
     edit_json(tmp_path / "config.json", quantization_config=gptq_config())
