@@ -206,6 +206,16 @@ def convert(source: Buffer, from_dtype: str, out: Buffer, to_dtype: str) -> int:
 def dequantize(blocks: Buffer, type: int, out: Buffer, dtype: str) -> int:
     """Decodes GGUF blocks of a type number into 'F32', 'F16' or 'BF16'."""
 
+def dequantize_groups(
+    codes: Buffer, k: int, scales: Buffer, zeros: Buffer, group_of: Buffer | None, group_size: int, out: Buffer, dtype: str
+) -> int:
+    """out[r, c] = scales[r, g] * (codes[r, c] - zeros[r, g]), g being group_of[c] or c // group_size; returns how many values were lost."""
+
+def unpack(
+    words: Buffer, bits: int, kind: int, strides: tuple[int, int], part: tuple[int, int, int, int], transposed: bool, out: Buffer
+) -> None:
+    """Integers of 2, 3, 4 or 8 bits from 32-bit words to one byte each; csrc/model/unpack.h says what the arguments mean."""
+
 def mem_fail_at(n: int) -> int:
     """Makes the n-th native allocation from now fail, once (0: off)."""
 

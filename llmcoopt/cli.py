@@ -1,4 +1,4 @@
-"""The command line: llmcoopt demo | info | generate | chat."""
+"""The command line: llmcoopt demo | info | lint | generate | chat."""
 
 import argparse
 import json
@@ -10,7 +10,8 @@ from .errors import Error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Returns 0, 1 after an error (said in one line on stderr), 130 after Ctrl-C; argparse exits with 2 on wrong usage."""
+    """Runs a command. Returns 0, 1 after an error (said in one line on stderr), 130 after Ctrl-C; argparse exits with 2 on wrong usage.
+    `lint` returns 1 when it finds something and 2 when there is nothing to look at."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
@@ -41,6 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="MODEL", help=model_help)
     _add_common(info)
     info.set_defaults(run=_info)
+
+    lint = commands.add_parser(
+        "lint", help="check a model's files: exit status 0 when all is well, 1 with findings, 2 when there is no model"
+    )
+    lint.add_argument("path", metavar="PATH", help="a Hugging Face folder or a .gguf file")
+    lint.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    lint.set_defaults(run=_lint)
 
     generate = commands.add_parser("generate", help="continue a text")
     generate.add_argument("model", metavar="MODEL", help=model_help)
@@ -113,8 +121,28 @@ def _info(args):
         f"{bytes_text(facts['cache_bytes_per_token'])} ({bytes_text(facts['cache_bytes_per_token'] * facts['context'])} at full context)"
     )
     width = max(map(len, facts))
+    facts["stored"] = f"\n{'':{width}}  ".join(model.stored_lines())
     for key, value in facts.items():
         print(f"{key.replace('_', ' '):{width}}  {value}")
+
+
+def _lint(args):
+    from . import loaders
+
+    try:
+        findings = loaders.lint(args.path)
+    except Error as error:
+        print(f"llmcoopt: {error}", file=sys.stderr)
+        return 2
+    errors = sum(finding.error for finding in findings)
+    if args.json:
+        rows = [loaders.finding_to_json(finding) for finding in findings]
+        print(json.dumps({"path": args.path, "errors": errors, "warnings": len(findings) - errors, "findings": rows}, indent=2))
+    else:
+        for finding in findings:
+            print(f"{'error' if finding.error else 'warning'}: {finding}")
+        print(f"{args.path}: {errors} errors, {len(findings) - errors} warnings")
+    return 1 if findings else 0
 
 
 def _generate(args):

@@ -41,6 +41,7 @@ class Model:
         self.isa, self.isa_detail, self.threads = info["isa"], info["isa_detail"], info["threads"]
         self.num_parameters = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
         self.weight_bytes = sum(memoryview(t.data).nbytes for t in tensors)
+        self.stored = loaders.summary(tensors, checkpoint.stored)
         self.dtype = next(DTYPES[t.dtype] for t in tensors if t.name.endswith("q_proj.weight"))
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._generations: weakref.WeakSet = weakref.WeakSet()
@@ -56,6 +57,7 @@ class Model:
         isa: str | None = None,
         revision: str | None = None,
         tie_word_embeddings: bool | None = None,
+        quantization_config: dict | None = None,
     ) -> "Model":
         """Loads a model.
 
@@ -63,11 +65,13 @@ class Model:
             pretrained_model_name_or_path: a Hugging Face folder, a .gguf file, "tiny" (the model inside this package), or a hub id
                 ("org/name", needs huggingface_hub unless it is in the local cache).
             device: "auto" or "cpu".
-            dtype: "auto" keeps the file's type (block formats of GGUF become bfloat16); "float32", "float16", "bfloat16" convert.
+            dtype: "auto" keeps the file's type (quantised weights become 16 bit: docs/quantization.md); "float32", "float16", "bfloat16" convert.
             threads: 0 uses every CPU this process may use (its affinity, and its container's quota).
             isa: "ref", "avx2", "avx512", "amx"; None takes the best, or what LLMCOOPT_ISA says.
             revision: of a hub id.
             tie_word_embeddings: overrides the config.
+            quantization_config: overrides what the files say of their quantisation, key by key: quant_method, bits, group_size, sym,
+                checkpoint_format ("gptq": zeros stored less one, "gptq_v2": as they are), dynamic.
 
         Files are memory-mapped and used in place where the type is kept. Raises MissingFileError, FormatError (file and tensor named),
         UnsupportedError, OutOfMemoryError.
@@ -75,7 +79,8 @@ class Model:
         if device not in ("auto", "cpu"):
             raise UnsupportedError(f"device = {device!r}: this version runs on the CPU; pass device='cpu' or leave it out")
         path = loaders.resolve(pretrained_model_name_or_path, revision=revision)
-        return cls(loaders.load(path, dtype=dtype, tie_word_embeddings=tie_word_embeddings), threads=threads, isa=isa)
+        checkpoint = loaders.load(path, dtype=dtype, tie_word_embeddings=tie_word_embeddings, quantization_config=quantization_config)
+        return cls(checkpoint, threads=threads, isa=isa)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -173,6 +178,7 @@ class Model:
             "parameters": self.num_parameters,
             "weight_bytes": self.weight_bytes,
             "dtype": self.dtype,
+            "stored": self.stored,
             "layers": c.num_hidden_layers,
             "hidden_size": c.hidden_size,
             "intermediate_size": c.intermediate_size,
@@ -190,6 +196,10 @@ class Model:
             "threads": self.threads,
         }
 
+    def stored_lines(self) -> list[str]:
+        """How the file holds the matrices, a line for those that are alike: how many, format, bits, groups, order, bytes."""
+        return [loaders.row_text(row, bytes_text(row["bytes"])) for row in self.stored]
+
     def __repr__(self):
         c = self.config
         return (
@@ -201,6 +211,7 @@ class Model:
     def _repr_html_(self):
         facts = self.facts()
         facts["weight_bytes"] = bytes_text(facts["weight_bytes"])
+        facts["stored"] = "; ".join(self.stored_lines())
         return html_table(f"Model {self.name}", facts)
 
 

@@ -26,7 +26,7 @@ INCLUDES = {
 # Python modules from low to high: a module imports modules of lower rank only (or of its own package).
 RANKS = [
     ["errors", "_version", "_core"],
-    ["_arrays", "_limits", "config", "reference", "taps"],
+    ["_arrays", "_limits", "config", "reference", "reference_quant", "taps"],
     ["loaders"],
     ["text"],
     ["chat", "streaming"],

@@ -184,6 +184,49 @@ lco_status lco_dequantize(int type, const void *blocks, size_t bytes, lco_dtype 
     return LCO_OK;
 }
 
+static lco_status check_groups(const lco_grouped *w, lco_error *err)
+{
+    if (w->group_of == NULL && (w->group_size < 1 || (w->k > 0 && (w->k - 1) / w->group_size >= w->groups)))
+        return lco_fail(err, LCO_EINVAL, "%lld columns in groups of %lld need more than %lld groups", (long long)w->k,
+                        (long long)w->group_size, (long long)w->groups);
+    for (int64_t c = 0; w->group_of != NULL && c < w->k; c++)
+        if (w->group_of[c] < 0 || w->group_of[c] >= w->groups)
+            return lco_fail(err, LCO_EINVAL, "column %lld belongs to group %d of %lld", (long long)c, w->group_of[c], (long long)w->groups);
+    return LCO_OK;
+}
+
+lco_status lco_dequantize_groups(const lco_grouped *w, lco_dtype dtype, void *out, int64_t *lost, lco_error *err)
+{
+    lco_status status = check_groups(w, err);
+    if (status != LCO_OK)
+        return status;
+    const float limit = limit_of(dtype);
+    float buffer[LARGEST_BLOCK];
+    *lost = 0;
+    for (int64_t r = 0; r < w->rows; r++) {
+        const uint8_t *codes = w->codes + r * w->k;
+        const float *scales = w->scales + r * w->groups;
+        const int16_t *zeros = w->zeros + r * w->groups;
+        for (int64_t at = 0, count; at < w->k; at += count) {
+            count = w->k - at < LARGEST_BLOCK ? w->k - at : LARGEST_BLOCK;
+            if (w->group_of != NULL) {
+                const int32_t *group_of = w->group_of + at;
+                for (int64_t i = 0; i < count; i++)
+                    buffer[i] = scales[group_of[i]] * (float)(codes[at + i] - zeros[group_of[i]]);
+            } else {
+                const int64_t g = at / w->group_size, left = (g + 1) * w->group_size - at;
+                count = left < count ? left : count;
+                const float scale = scales[g];
+                const int zero = zeros[g];
+                for (int64_t i = 0; i < count; i++)
+                    buffer[i] = scale * (float)(codes[at + i] - zero);
+            }
+            *lost += store(buffer, count, dtype, out, r * w->k + at, limit);
+        }
+    }
+    return LCO_OK;
+}
+
 void lco_convert(lco_dtype from, const void *in, lco_dtype to, void *out, int64_t n, int64_t *lost)
 {
     const float limit = limit_of(to);

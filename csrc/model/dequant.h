@@ -38,6 +38,19 @@ typedef enum {
  * LCO_EINVAL when n is no whole number of blocks or `bytes` does not fit, LCO_EUNSUPPORTED for other types. */
 lco_status lco_dequantize(int type, const void *blocks, size_t bytes, lco_dtype dtype, void *out, int64_t n, int64_t *lost, lco_error *err);
 
+/* Rows of integer codes with a scale and a zero point for each group of columns: codes[rows][k], scales and zeros [rows][groups]. */
+typedef struct {
+    const uint8_t *codes;
+    const float *scales;
+    const int16_t *zeros;
+    const int32_t *group_of; /* [k], or NULL: column c belongs to group c / group_size */
+    int64_t rows, k, groups, group_size;
+} lco_grouped;
+
+/* out[r][c] = scales[r][g] * (codes[r][c] - zeros[r][g]): one float32 product (exact when the scale was a 16-bit float), then rounded to
+ * nearest even. *lost as above. LCO_EINVAL when a column belongs to no group. */
+lco_status lco_dequantize_groups(const lco_grouped *w, lco_dtype dtype, void *out, int64_t *lost, lco_error *err);
+
 /* out[i] = in[i], rounded. Both aligned to their element size. *lost as above; float16 saturates at 65504. */
 void lco_convert(lco_dtype from, const void *in, lco_dtype to, void *out, int64_t n, int64_t *lost);
 

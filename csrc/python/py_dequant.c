@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "../model/dequant.h"
+#include "../model/unpack.h"
 
 static int dtype_of(const char *name, lco_dtype *out)
 {
@@ -82,6 +83,87 @@ done:
     return result;
 }
 
+static PyObject *unpack(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer words, out;
+    lco_packed packed = {0};
+    long long line_stride, word_stride, line, lines, value, values;
+    int kind, transposed;
+    if (!PyArg_ParseTuple(args, "y*ii(LL)(LLLL)pw*:unpack", &words, &packed.bits, &kind, &line_stride, &word_stride, &line, &lines, &value,
+                          &values, &transposed, &out))
+        return NULL;
+    PyObject *result = NULL;
+    long long needed;
+    if (words.len % 4 != 0 || (uintptr_t)words.buf % 4 != 0 || kind < LCO_PACK_STREAM || kind > LCO_PACK_AWQ) {
+        PyErr_Format(PyExc_ValueError, "words: %zd bytes in packing %d; expected whole words at an aligned address, and packing 0 to 2",
+                     words.len, kind);
+    } else if (lines < 0 || values < 0 || __builtin_mul_overflow(lines, values, &needed) || needed != out.len) {
+        PyErr_Format(PyExc_ValueError, "out has %zd bytes; expected one for each of %lld lines of %lld values", out.len, lines, values);
+    } else {
+        lco_error err;
+        lco_status status;
+        packed.words = words.buf;
+        packed.n_words = words.len / 4;
+        packed.kind = (lco_pack_kind)kind;
+        packed.line_stride = line_stride;
+        packed.word_stride = word_stride;
+        const lco_packed_part part = {.line = line, .lines = lines, .value = value, .values = values};
+        Py_BEGIN_ALLOW_THREADS status = lco_unpack(&packed, &part, transposed, out.buf, &err);
+        Py_END_ALLOW_THREADS if (status == LCO_OK) result = Py_NewRef(Py_None);
+        else PyErr_SetString(PyExc_ValueError, err.text);
+    }
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&words);
+    return result;
+}
+
+static PyObject *dequantize_groups(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer codes, scales, zeros, group_of, out;
+    long long k, group_size;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "y*Ly*y*z*Lw*s:dequantize_groups", &codes, &k, &scales, &zeros, &group_of, &group_size, &out, &name))
+        return NULL;
+    PyObject *result = NULL;
+    lco_dtype dtype;
+    Py_ssize_t n, n_scales;
+    int64_t lost = 0;
+    if (dtype_of(name, &dtype) != 0 || (n = elements_of(&out, dtype, "out")) < 0 ||
+        (n_scales = elements_of(&scales, LCO_F32, "scales")) < 0)
+        goto done;
+    const int64_t rows = k > 0 ? n / k : 0;
+    if (k < 1 || rows < 1 || n != codes.len || n % k != 0 || n_scales % rows != 0 || zeros.len != 2 * n_scales ||
+        (uintptr_t)zeros.buf % 2 != 0 || (group_of.buf != NULL && (group_of.len != 4 * k || (uintptr_t)group_of.buf % 4 != 0))) {
+        PyErr_Format(PyExc_ValueError,
+                     "%zd codes in rows of %lld, %zd values of out, %zd scales, %zd bytes of zeros and %zd of group numbers do not fit",
+                     codes.len, k, n, n_scales, zeros.len, group_of.buf != NULL ? group_of.len : 0);
+        goto done;
+    }
+    lco_error err;
+    lco_status status;
+    const lco_grouped w = {.codes = codes.buf,
+                           .scales = scales.buf,
+                           .zeros = zeros.buf,
+                           .group_of = group_of.buf,
+                           .rows = rows,
+                           .k = k,
+                           .groups = n_scales / rows,
+                           .group_size = group_size};
+    Py_BEGIN_ALLOW_THREADS status = lco_dequantize_groups(&w, dtype, out.buf, &lost, &err);
+    Py_END_ALLOW_THREADS if (status == LCO_OK) result = PyLong_FromLongLong(lost);
+    else PyErr_SetString(PyExc_ValueError, err.text);
+done:
+    PyBuffer_Release(&out);
+    if (group_of.buf != NULL)
+        PyBuffer_Release(&group_of);
+    PyBuffer_Release(&zeros);
+    PyBuffer_Release(&scales);
+    PyBuffer_Release(&codes);
+    return result;
+}
+
 static const PyMethodDef methods[] = {
     {"dequantize", dequantize, METH_VARARGS,
      "dequantize(blocks, type, out, dtype)\n--\n\n"
@@ -91,6 +173,16 @@ static const PyMethodDef methods[] = {
      "convert(source, from_dtype, out, to_dtype)\n--\n\n"
      "Converts between 'F32', 'F16' and 'BF16', rounding to nearest even, into the writable buffer `out`.\n"
      "Returns how many values the dtype cannot hold. ValueError when the sizes do not fit."},
+    {"unpack", unpack, METH_VARARGS,
+     "unpack(words, bits, kind, strides, part, transposed, out)\n--\n\n"
+     "Unpacks integers of 2, 3, 4 or 8 bits from 32-bit words to one byte each. kind: 0 stream, 1 whole, 2 awq; strides: (line, word);\n"
+     "part: (line, lines, value, values); out: uint8 [lines, values], or [values, lines] when transposed. csrc/model/unpack.h says more.\n"
+     "ValueError when the part is not inside the words."},
+    {"dequantize_groups", dequantize_groups, METH_VARARGS,
+     "dequantize_groups(codes, k, scales, zeros, group_of, group_size, out, dtype)\n--\n\n"
+     "out[r, c] = scales[r, g] * (codes[r, c] - zeros[r, g]): uint8 codes [rows, k], float32 scales and int16 zeros [rows, groups]; g is\n"
+     "int32 group_of[c], or c // group_size when that is None. Returns how many values the dtype cannot hold. ValueError when the sizes\n"
+     "do not fit or a column belongs to no group."},
     {NULL, NULL, 0, NULL},
 };
 

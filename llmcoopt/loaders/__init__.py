@@ -12,18 +12,43 @@ from .gguf import read_metadata
 from .gguf_model import load_gguf
 from .hf import load_folder
 from .hub import resolve
+from .lint import lint
+from .lint import to_json as finding_to_json
+from .quantized import QuantizedWeight, dequantize_all
 from .safetensors import BITS, Tensor, read_safetensors
+from .stored import of_quantized, row_text, summary
 
-__all__ = ["LoadedCheckpoint", "Tensor", "load", "read_metadata", "read_safetensors", "resolve", "smollm2"]
+__all__ = [
+    "LoadedCheckpoint",
+    "QuantizedWeight",
+    "Tensor",
+    "finding_to_json",
+    "lint",
+    "load",
+    "read_metadata",
+    "read_safetensors",
+    "resolve",
+    "row_text",
+    "smollm2",
+    "summary",
+]
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def load(path, dtype: str = "auto", tie_word_embeddings: bool | None = None, revision: str | None = None) -> LoadedCheckpoint:
+def load(
+    path,
+    dtype: str = "auto",
+    tie_word_embeddings: bool | None = None,
+    revision: str | None = None,
+    quantization_config: dict | None = None,
+) -> LoadedCheckpoint:
     """Loads a model: a Hugging Face folder, a .gguf file, "tiny", or a hub id (see `resolve`).
 
-    dtype "auto" keeps 16- and 32-bit weights as they lie in the mapped file and decodes quantised GGUF tensors to bfloat16. "float32",
-    "float16" and "bfloat16" convert every matrix; vectors (norms, biases) stay as stored. `tie_word_embeddings` overrides the config.
+    dtype "auto" keeps 16- and 32-bit weights as they lie in the mapped file and decodes quantised ones to 16 bit: GGUF tensors to
+    bfloat16, GPTQ, AWQ and compressed-tensors to float16 where the config's torch_dtype is that, else to bfloat16. "float32", "float16" and
+    "bfloat16" convert every matrix; vectors (norms, biases) stay as stored. `tie_word_embeddings` overrides the config, and so do the keys
+    of `quantization_config` (quant_method, bits, group_size, sym, checkpoint_format, dynamic) what the files say of their quantisation.
 
     Raises ArgumentError, MissingFileError, FormatError, UnsupportedError, and NumericError when float16 cannot hold a weight."""
     name = str(dtype).removeprefix("torch.")
@@ -32,11 +57,18 @@ def load(path, dtype: str = "auto", tie_word_embeddings: bool | None = None, rev
     wanted = _DTYPES.get(name)
     place = resolve(path, revision)
     if place.is_dir():
-        checkpoint = load_folder(place, tie_word_embeddings)
+        checkpoint = load_folder(place, tie_word_embeddings, quantization_config)
     elif place.suffix == ".safetensors":
         raise ArgumentError(f"{place}: one file of weights; pass its folder {place.parent}, which holds config.json too")
+    elif quantization_config is not None:
+        raise ArgumentError(f"{place}: a GGUF file says itself how its weights are quantised; expected quantization_config=None")
     else:
         checkpoint = load_gguf(place, wanted or "BF16", tie_word_embeddings)
+    decoded = dequantize_all(list(checkpoint.quantized.values()), wanted or checkpoint.decode_dtype)
+    if decoded:
+        tensors = checkpoint.tensors | {tensor.name: tensor for tensor in decoded}
+        stored = {f"{name}.weight": of_quantized(weight) for name, weight in checkpoint.quantized.items()}
+        checkpoint = replace(checkpoint, tensors=tensors, stored=checkpoint.stored | stored)
     if wanted is None:
         return checkpoint
     converted = in_threads(lambda tensor: _convert(tensor, wanted), checkpoint.tensors.values())

@@ -10,11 +10,15 @@ import numpy as np
 from .._limits import cpus
 from ..config import ModelConfig
 from .safetensors import Tensor
+from .stored import Stored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedCheckpoint:
-    """A checkpoint as named arrays, not yet bound to a model. The tensors keep their files mapped."""
+    """A checkpoint as named arrays, not yet bound to a model. The tensors keep their files mapped.
+
+    `quantized` holds what is quantised in the file in the form that QuantizedWeight describes, by module; `load` puts the decoded weights of
+    all of them into `tensors`."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]  # by Hugging Face's names
@@ -24,6 +28,9 @@ class LoadedCheckpoint:
     generation_config: dict = field(default_factory=dict)
     cache_scales: np.ndarray | None = None  # float32 [layers, k|v, kv heads], NaN where the file has none; for fp8_e4m3 caches
     metadata: dict = field(default_factory=dict)  # of a GGUF file, as read_metadata gives it
+    quantized: dict = field(default_factory=dict)  # module name -> QuantizedWeight
+    decode_dtype: str = "BF16"  # what quantised weights are decoded to
+    stored: dict[str, Stored] = field(default_factory=dict)  # how the file holds a weight, where that is not what `tensors` has
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from ..errors import FormatError, UnsupportedError
 from .checkpoint import LoadedCheckpoint, in_threads
 from .gguf import BLOCKS, GgufTensor, read_gguf
 from .safetensors import BITS, WEIGHT_DTYPES, Tensor, make_tensor
+from .stored import of_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 DECODABLE = (2, 3, 6, 7, 8, 12, 13, 14)
@@ -35,7 +36,7 @@ _IN_BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _NAME = re.compile(r"(?:blk\.(0|[1-9][0-9]{0,8})\.)?([a-z_]+)\.(weight|bias)")  # each tensor has one spelling
-_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 # Metadata (after the architecture's name) that changes the model in ways not implemented, with the values that change nothing.
 _NEUTRAL = {
     "expert_count": (0,),
@@ -62,14 +63,14 @@ def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None
     config = gguf_config(metadata, found, path, tie_word_embeddings)
     interleaved = metadata["general.architecture"] == "llama"
     swapped = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if interleaved else {}
-    _check_biases(path, config, found)
+    check_biases(path, config, found)
     jobs = []
     for name, tensor in found.items():
-        if name in _ROPE_FACTORS or (name == "output.weight" and config.tie_word_embeddings):
+        if name in ROPE_FACTORS or (name == "output.weight" and config.tie_word_embeddings):
             continue
-        hf_name, stem = _hf_name(path, name, config.num_hidden_layers)
-        _check_type(path, tensor)
-        jobs.append((hf_name, tensor, swapped.get(stem, 0)))
+        full_name, stem = hf_name(path, name, config.num_hidden_layers)
+        check_type(path, tensor)
+        jobs.append((full_name, tensor, swapped.get(stem, 0)))
 
     def run(job):
         return _to_tensor(path, *job, dtype)  # decoding releases the GIL
@@ -79,7 +80,8 @@ def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None
         if tensor.name in tensors:
             raise FormatError(f"{path}: two tensors are '{tensor.name}'; expected one")
         tensors[tensor.name] = tensor
-    return LoadedCheckpoint(config, tensors, path, "gguf", path, metadata=metadata)
+    stored = {name: of_gguf(tensor.type_name, tensor.data.nbytes) for name, tensor, _ in jobs if tensor.type_name not in WEIGHT_DTYPES}
+    return LoadedCheckpoint(config, tensors, path, "gguf", path, metadata=metadata, stored=stored)
 
 
 def gguf_config(metadata: dict, tensors: dict[str, GgufTensor], path, tie_word_embeddings: bool | None = None) -> ModelConfig:
@@ -164,7 +166,7 @@ def _rope(keys, tensors, path):
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0.0)) or 1.0
     original = keys.get("rope.scaling.original_context_length") or context
     attention = keys.number("rope.scaling.attn_factor", keys.get("rope.scaling.yarn_attn_factor", 1.0))
-    factors = {name: _rope_factors(path, tensors[name]) for name in _ROPE_FACTORS if name in tensors}
+    factors = {name: _rope_factors(path, tensors[name]) for name in ROPE_FACTORS if name in tensors}
     scaled = kind == "yarn" or (kind == "linear" and factor != 1.0)
     if factors:
         both = factors.get("rope_freqs.weight")
@@ -176,7 +178,7 @@ def _rope(keys, tensors, path):
         found |= {"rope_type": "longrope", "short_factor": short, "long_factor": long, "factor": 1.0, "attention_factor": attention}
         return found | {"original_max_position_embeddings": original}
     if kind == "longrope":
-        raise FormatError(f"{path}: rope.scaling.type is 'longrope', but the tensors {', '.join(_ROPE_FACTORS[1:])} are missing")
+        raise FormatError(f"{path}: rope.scaling.type is 'longrope', but the tensors {', '.join(ROPE_FACTORS[1:])} are missing")
     if not scaled:
         return found
     if kind == "linear":
@@ -215,7 +217,7 @@ def _end_ids(metadata):
     return [token for token in ids if token is not None]
 
 
-def _hf_name(path, name, layers):
+def hf_name(path, name, layers):
     """(Hugging Face's name, the stem of the GGUF name)."""
     match = _NAME.fullmatch(name)
     layer, stem, kind = match.groups() if match else (None, None, None)
@@ -225,7 +227,7 @@ def _hf_name(path, name, layers):
     return (f"{hf_stem}.{kind}" if layer is None else f"model.layers.{int(layer)}.{hf_stem}.{kind}"), stem
 
 
-def _check_biases(path, config, found):
+def check_biases(path, config, found):
     """The metadata do not say which matrices have a bias: qwen2 needs those of q, k and v, and one that a layer has, all layers have."""
     for stem in _IN_BLOCK:
         names = [f"blk.{layer}.{stem}.bias" for layer in range(config.num_hidden_layers)]
@@ -239,7 +241,7 @@ def _check_biases(path, config, found):
             raise FormatError(f"{path}: tensor '{missing}' is missing; expected it, as {reason}")
 
 
-def _check_type(path, tensor):
+def check_type(path, tensor):
     if tensor.type_name not in WEIGHT_DTYPES and tensor.type not in DECODABLE:
         known = ", ".join([*WEIGHT_DTYPES, *(BLOCKS[kind][0] for kind in DECODABLE)])
         raise UnsupportedError(f"{path}: tensor '{tensor.name}' has type {tensor.type_name}, which is not implemented; known: {known}")

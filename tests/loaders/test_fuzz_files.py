@@ -1,16 +1,19 @@
-"""Damaged files: any flip of bytes or cut of a small valid file either loads or raises llmcoopt.Error, and nothing else."""
+"""Damaged files: any flip of bytes or cut of a small valid file either loads or raises llmcoopt.Error, and nothing else. The linter raises it
+only where there is no model, and finds something wherever loading fails."""
 
 import json
 import warnings
 
 import checkpoints
+import numpy as np
 import pytest
+import quant_writers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from writers import gguf_metadata, gguf_tensors, raw_gguf
 
 from llmcoopt.errors import Error
-from llmcoopt.loaders import load
+from llmcoopt.loaders import lint, load
 
 SHAPE = {
     "num_hidden_layers": 1,
@@ -66,6 +69,9 @@ def loads_or_refuses(path):
         else:
             for tensor in checkpoint.tensors.values():
                 tensor.numpy().sum()
+            lint(path)
+            return
+        assert lint(path)
 
 
 @settings(max_examples=400, deadline=None)
@@ -143,4 +149,72 @@ def test_index(folder, changes, flips):
         original.write_bytes(index.read_bytes())
     content = {**json.loads(original.read_text()), **changes}
     index.write_bytes(damaged(json.dumps(content).encode(), flips, None))
+    loads_or_refuses(target)
+
+
+QUANTISED = {
+    "gptq": ("gptq", {"order": 1, "sym": False}),
+    "gptq3": ("gptq", {"bits": 3}),
+    "awq": ("awq", {}),
+    "compressed": ("compressed-tensors", {"order": 1, "sym": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def quantised(folder):
+    """Folders of every layout, one layer each."""
+    for name, (layout, how) in QUANTISED.items():
+        how = {**how, "order": np.random.default_rng(1)} if "order" in how else how
+        quant_writers.make(folder / name, layout, edit=first_layer, **how)
+        content = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps({**content, "num_hidden_layers": 1}))
+    return folder
+
+
+def first_layer(tensors):
+    for name in [name for name in tensors if ".layers.1." in name]:
+        del tensors[name]
+
+
+@settings(max_examples=400, deadline=None)
+@given(name=st.sampled_from(sorted(QUANTISED)), flips=FLIPS, cut=st.one_of(st.none(), st.none(), CUT))
+def test_quantised(quantised, name, flips, cut):
+    target = quantised / "damaged-quantised"
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_bytes((quantised / name / "config.json").read_bytes())
+    (target / "model.safetensors").write_bytes(damaged((quantised / name / "model.safetensors").read_bytes(), flips, cut))
+    loads_or_refuses(target)
+
+
+QUANTISATION_KEYS = (
+    "bits",
+    "group_size",
+    "sym",
+    "desc_act",
+    "checkpoint_format",
+    "quant_method",
+    "dynamic",
+    "pack_dtype",
+    "is_marlin_format",
+)
+QUANTISATION_KEYS += ("config_groups", "format", "version", "w_bit", "zero_point", "model_file_base_name", "lm_head")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(QUANTISED)),
+    changes=st.dictionaries(st.sampled_from(QUANTISATION_KEYS), JSON, max_size=3),
+    other=st.none() | st.dictionaries(st.sampled_from(QUANTISATION_KEYS), JSON, max_size=3) | JSON,
+)
+def test_quantisation_configs(quantised, name, changes, other):
+    target = quantised / "config-quantised"
+    target.mkdir(exist_ok=True)
+    content = json.loads((quantised / name / "config.json").read_text())
+    content["quantization_config"] |= changes
+    (target / "config.json").write_text(json.dumps(content))
+    (target / "model.safetensors").write_bytes((quantised / name / "model.safetensors").read_bytes())
+    extra = target / "quantize_config.json"
+    extra.unlink(missing_ok=True)
+    if other is not None:
+        extra.write_text(json.dumps(other))
     loads_or_refuses(target)

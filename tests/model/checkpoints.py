@@ -22,11 +22,12 @@ SMALL = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+KINDS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 
 
 def write_safetensors(path, arrays):
-    """arrays: name -> float32, float16, or uint16 holding bfloat16 bits."""
-    kinds = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
+    """arrays: name -> float32, float16, uint16 holding bfloat16 bits, or integers."""
+    kinds = {kind.__name__: name for name, kind in KINDS.items()}
     header, at = {}, 0
     for name, a in arrays.items():
         header[name] = {"dtype": kinds[a.dtype.name], "shape": list(a.shape), "data_offsets": [at, at + a.nbytes]}
@@ -40,11 +41,10 @@ def read_safetensors(path):
     """name -> array, as write_safetensors takes them."""
     raw = Path(path).read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
-    kinds = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
     header = json.loads(raw[8:begin])
     header.pop("__metadata__", None)
     return {
-        name: np.frombuffer(raw[begin + t["data_offsets"][0] : begin + t["data_offsets"][1]], kinds[t["dtype"]]).reshape(t["shape"])
+        name: np.frombuffer(raw[begin + t["data_offsets"][0] : begin + t["data_offsets"][1]], KINDS[t["dtype"]]).reshape(t["shape"])
         for name, t in header.items()
     }
 
