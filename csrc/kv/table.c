@@ -236,7 +236,6 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt)
         seq->exact += n;
     seq->kv->bytes_written += n * (int64_t)seq->kv->token_bytes;
     seq->kv->bytes_written += (o->write_buffer ? blocks * LCO_KV_BLOCK : n) * (int64_t)seq->kv->block_bytes / LCO_KV_BLOCK;
-    const int64_t page_size = seq->kv->options.page_size, full = seq->length / page_size;
     seq->length += n;
     seq->kv->tokens_appended += n;
     for (int64_t i = full; i < seq->length / page_size; i++)
