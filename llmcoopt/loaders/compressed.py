@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .gptq import SCALE_DTYPES, Module, checked_order, group_size, said_size, settled, stored
+from .gptq import SCALE_DTYPES, Module, checked_order, group_size, said_size, settled
 from .quant_config import BITS
 from .quantized import Packed, QuantizedWeight, pack_words, words_of
 
@@ -34,7 +34,7 @@ def compressed_weight(module: Module) -> QuantizedWeight:
         size,
         codes,
         True,
-        stored(scales).T,
+        scales.numpy().T,
         zeros,
         order,
         module.nbytes,

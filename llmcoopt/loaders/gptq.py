@@ -95,7 +95,7 @@ def gptq_weight(module: Module, file_hint: Scheme | None = None) -> QuantizedWei
     zeros = _zeros(module, bits, groups, outputs)
     codes = Packed(words_of(qweight), bits, "stream", outputs, inputs, (1, outputs))
     return QuantizedWeight(
-        module.name, module.file, "gptq", outputs, inputs, bits, size, codes, True, stored(scales), zeros, order, module.nbytes
+        module.name, module.file, "gptq", outputs, inputs, bits, size, codes, True, scales.numpy(), zeros, order, module.nbytes
     )
 
 
@@ -128,15 +128,11 @@ def awq_weight(module: Module) -> QuantizedWeight:
         inputs // groups,
         codes,
         False,
-        stored(scales),
+        scales.numpy(),
         settled(zeros, 4),
         None,
         module.nbytes,
     )
-
-
-def stored(scales: Tensor) -> np.ndarray:
-    return scales.numpy()
 
 
 def settled(zeros: np.ndarray, bits: int) -> np.ndarray | None:

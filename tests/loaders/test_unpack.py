@@ -123,3 +123,16 @@ def test_the_specification_decodes_whole_modules():
         np.testing.assert_array_equal(found, meant)
     t, meant = awq(weight)
     np.testing.assert_array_equal(spec.awq(t["qweight"], t["qzeros"], t["scales"]), meant)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_compressed_tensors_packs_alike(bits):
+    """The package's own packer, where it is installed: new versions write 3 bits as a stream, older ones in whole words."""
+    torch = pytest.importorskip("torch")
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    values = np.random.default_rng(bits).integers(0, 2**bits, (40, 72))
+    signed = torch.tensor((values - 2 ** (bits - 1)).astype(np.int8))
+    np.testing.assert_array_equal(helpers.pack_to_int32(signed, bits).numpy().view(np.uint32), pack_stream(values, bits))
+    packed = helpers.pack_to_int32(signed.T.contiguous(), bits, packed_dim=0)
+    np.testing.assert_array_equal(packed.numpy().view(np.uint32), pack_stream(values, bits).T)
