@@ -277,10 +277,15 @@ class Sequence:
         return Sequence(self.cache, self._core.fork())
 
     def keep(self, ids) -> int:
-        """Keeps as much as `ids` begins with, and leaves at least one id to compute. Returns how many ids are held: go on with ids[n:]."""
+        """Keeps as much as `ids` begins with, and leaves at least one id to compute. Returns how many ids are held: go on with ids[n:]. None when
+        tokens that the next one attends to have left the window."""
         held = self.ids
         n = next((i for i, (a, b) in enumerate(zip(held, ids[:-1], strict=False)) if a != b), min(len(held), max(0, len(ids) - 1)))
-        self.truncate(n)
+        try:
+            self.truncate(n)
+        except ArgumentError:  # the window moved on, or the sequence can't be used, which the next call says again
+            n = 0
+            self.truncate(n)
         self.cache._skipped["duplicate"] += n
         return n
 

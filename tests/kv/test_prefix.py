@@ -156,3 +156,51 @@ def test_bytes_written_are_counted_as_blocks_go(model):
         assert cache.stats()["bytes_written"] == 0
         model.forward(IDS[:2], sequence)
         assert cache.stats()["bytes_written"] == 16 * cache.stats()["bytes_per_token"]
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral")
+    make(folder, "mistral", sliding_window=40, max_position_embeddings=500)
+    with llmcoopt.Model.from_pretrained(folder, threads=2, isa="ref") as model:
+        yield model
+
+
+@pytest.mark.parametrize("lengths", [[200], [30, 170], [10, 190]], ids=str)
+def test_pages_that_left_a_window(mistral, lengths):
+    """The index keeps them, and who takes them over gives back those that no row to come sees. A call of many tokens leaves pages behind before
+    the index is told of them: then it knows none of those after."""
+    ids = [i % 53 for i in IDS[:200]]
+    with cache_of(mistral, on=False) as plain, cache_of(mistral) as cache:
+        expected = mistral.forward(ids, plain.sequence(), last_only=True)
+        for _ in range(3):
+            sequence, done = cache.sequence(), 0
+            for n in lengths:
+                found = mistral.forward(ids[done : done + n], sequence, last_only=True)
+                cache.check()
+                done += n
+            stats = cache.stats()
+            assert np.array_equal(found, expected)
+            assert stats["pages_total"] - stats["pages_free"] <= 9 and stats["pages_released"] > 0
+            sequence.free()
+            cache.check()
+
+
+def test_generations_with_a_window(mistral):
+    """In chunks smaller than the window all pages are told of before they go: the second time nearly nothing is computed."""
+    prompts = [[i % 53 for i in IDS[:300]], [i % 53 for i in [*IDS[:150], *OTHER[:90]]]]
+    with cache_of(mistral, on=False) as plain, cache_of(mistral) as cache:
+        expected = say(mistral, plain, prompts)
+        for _ in range(2):
+            engine, events, tokens = llmcoopt._core.Engine(cache._core, 2, 32), [], [[], []]
+            for prompt in prompts:
+                engine.add(np.array(prompt, np.int32), 12, np.array([], np.int32), True, 0, False, 1.0, 0, 1.0, 0.0, 1.0, 0, None)
+            while engine.stats()["waiting"] + engine.stats()["running"]:
+                engine.step(events)
+                engine.check()
+            for request, token, *_ in events:
+                tokens[request].append(token)
+            computed = engine.stats()["prompt_tokens"]
+            engine.close()
+            assert tokens == expected[0]
+        assert computed <= 2 * PAGE and cache.stats()["pages_free"] == cache.stats()["pages_total"]

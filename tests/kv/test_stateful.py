@@ -30,7 +30,7 @@ OPTIONS = {
     "bounds": {"dtype": "fp8_e4m3", "page_tolerance": 1e-300},  # kept, and no page left out
     "windowed": {"dtype": "bfloat16", "attention_window": 50, "attention_sinks": 5},
     "windowed, spilled": {"dtype": "float32", "attention_window": 30, "hot_pages": 5},
-    "windowed, prefix": {"dtype": "fp8_e4m3", "attention_window": 40, "prefix_cache": True},
+    "windowed, prefix": {"dtype": "fp8_e4m3", "attention_window": 40, "attention_sinks": 5, "prefix_cache": True},
     "spilled": {"dtype": "fp8_e4m3", "hot_pages": 4},
     "spilled bfloat16": {"dtype": "bfloat16", "page_size": 32, "hot_pages": 5},
 }
@@ -51,8 +51,8 @@ def ids_of(seed, start, n):
 class Plain:
     """What a sequence is: the steps that lead to it, which replay() does again in a cache of its own."""
 
-    def __init__(self, steps=()):
-        self.steps = list(steps)
+    def __init__(self, steps=(), longest=0):
+        self.steps, self.longest = list(steps), longest  # the most tokens that it held, or would have in a call that failed
 
     @property
     def ids(self):
@@ -65,8 +65,10 @@ class Plain:
         self.steps.append(list(ids))
 
     def truncate(self, length, exact):
-        """`exact`: nothing shows that the sequence was ever longer."""
-        self.steps = [self.ids[:length]] if exact else [*self.steps, length]
+        """`exact`: nothing shows that the sequence was longer just now. Nothing at all does, unless an earlier cut, in a block that begins before
+        `length`, was not."""
+        forget = exact and all(length <= step // 16 * 16 for step in self.steps if isinstance(step, int))
+        self.steps = [self.ids[:length]] if forget else [*self.steps, length]
 
     def replay(self, model, options):
         with llmcoopt.KVCache(model, max_tokens=4 * CONTEXT, **options) as cache:
@@ -113,6 +115,7 @@ class Cache(RuleBasedStateMachine):
         ids = ids_of(seed, len(sequence), n)
         if not ids:
             return
+        plain.longest = max(plain.longest, len(sequence) + len(ids))
         try:
             self.model.forward(ids, sequence, last_only=True)
         except OutOfPagesError as error:
@@ -127,6 +130,7 @@ class Cache(RuleBasedStateMachine):
         prompt = ids_of(seed, len(sequence), n + 3)
         if len(prompt) < n + 3:
             return
+        plain.longest = max(plain.longest, len(sequence) + len(prompt) + n)
         try:
             generation = llmcoopt.generate(self.model, prompt, sequence=sequence, max_new_tokens=n, ignore_eos=True).run()
         except OutOfPagesError:
@@ -154,7 +158,7 @@ class Cache(RuleBasedStateMachine):
     @rule(target=sequences, pair=sequences)
     def fork(self, pair):
         sequence, plain = pair
-        return self.keep(sequence.fork(), Plain(plain.steps))
+        return self.keep(sequence.fork(), Plain(plain.steps, plain.longest))
 
     @rule(pair=sequences, share=st.integers(0, 100), whole=st.booleans())
     def truncate(self, pair, share, whole):
@@ -164,7 +168,7 @@ class Cache(RuleBasedStateMachine):
         try:
             sequence.truncate(length)
         except ArgumentError as error:
-            assert "attention_window" in self.options and "left the window" in str(error)
+            assert "attention_window" in self.options and "left the window" in str(error) and length < plain.longest - 16
             return
         plain.truncate(length, self.is_exact(length, len(plain.ids)))
 
@@ -189,8 +193,10 @@ class Cache(RuleBasedStateMachine):
         ):  # what truncate() would come back to is not saved: go on from a block's beginning
             length = len(sequence) // 16 * 16
             loaded.truncate(length)
-            return self.keep(loaded, Plain([plain.ids[:length]] if self.is_exact(length, len(plain.ids)) else [*plain.steps, length]))
-        return self.keep(loaded, Plain(plain.steps))
+            shorter = Plain(plain.steps, plain.longest)
+            shorter.truncate(length, self.is_exact(length, len(plain.ids)))
+            return self.keep(loaded, shorter)
+        return self.keep(loaded, Plain(plain.steps, plain.longest))
 
     @rule(pair=consumes(sequences))
     def free(self, pair):

@@ -182,6 +182,19 @@ def test_further_back_is_refused(model, dtype):
         cache.check()
 
 
+def test_keep_what_can_be_kept(model, dtype):
+    """A conversation that is taken up far back, where pages are gone, is computed again; one that goes on is not."""
+    with llmcoopt.KVCache(model, dtype, page_size(model), 4096) as cache:
+        seq = cache.sequence()
+        model.forward(IDS[:400], seq, last_only=True)
+        assert seq.keep(IDS[:410]) == 400 and len(seq) == 400
+        assert seq.keep([*IDS[:100], 1, 2]) == 0 and len(seq) == 0
+        cache.check()
+        seq.free()
+        with pytest.raises(ArgumentError, match="freed"):
+            seq.keep(IDS[:9])
+
+
 @pytest.mark.parametrize("held", [1, 130, 144])
 def test_a_failed_call_goes_back(model, dtype, held):
     """Over several chunks, far past the window: the sequence is as it was before."""
