@@ -8,7 +8,9 @@ typedef struct {
     bool avx2;        /* AVX2, FMA, F16C, with ymm state */
     bool avx512;      /* F, BW, DQ, VL, with zmm state */
     bool avx512_bf16; /* vdpbf16ps */
-    bool fast_bf16;   /* vdpbf16ps beats float32 FMA: on AMD twice the work, on Intel half (benchmarks/results/LOG.md) */
+    bool
+        fast_bf16; /* AMD: vdpbf16ps does twice the work of float32 FMA, on Intel half; and subnormal factors cost nothing there, on Intel a
+                         trap each (benchmarks/results/LOG.md) */
     bool avx512_vnni;
     bool avx512_fp16;
     bool amx_bf16; /* tiles usable: permission asked from the kernel once and granted */

@@ -28,6 +28,7 @@ lco_status lco_avx512_swiglu(const lco_swiglu_args *);
 lco_status lco_avx512_mlp(const lco_mlp_args *);
 lco_status lco_avx512_rope_append(const lco_rope_append_args *);
 lco_status lco_avx512_attention(const lco_attention_args *);
+lco_status lco_avx512_attention_shifts(const lco_attention_args *); /* where subnormal factors cost nothing: float codes by shifts */
 lco_status lco_avx512_choose_pages(const lco_choose_pages_args *);
 
 lco_status lco_avx512_linear_bf16(const lco_linear_args *); /* prompt rows of bfloat16 weights by vdpbf16ps */

@@ -46,7 +46,7 @@ static const lco_ops AVX512_BF16 = {.name = "avx512",
                                     .detail = "AVX-512 with BF16",
                                     .linear = lco_avx512_linear_bf16,
                                     .mlp = lco_avx512_mlp_bf16,
-                                    .attention = lco_avx512_attention,
+                                    .attention = lco_avx512_attention_shifts,
                                     AVX512_COMMON};
 static const lco_ops AMX = {.name = "amx",
                             .detail = "AVX-512, AMX with BF16 tiles",

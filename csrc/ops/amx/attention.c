@@ -446,5 +446,5 @@ static void prompt_unit(const attention_job *job, const unit *u, int thread)
 
 lco_status lco_amx_attention(const lco_attention_args *args)
 {
-    return args->kv->dtype == LCO_BF16 ? attention(args) : lco_avx512_attention(args);
+    return args->kv->dtype == LCO_BF16 ? attention(args, false) : lco_avx512_attention(args);
 }

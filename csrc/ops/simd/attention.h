@@ -7,6 +7,7 @@
  * of threads nor on the rest of the batch. Head ranges and token blocks only share loads; no result depends on them. */
 #include <math.h>
 
+#include "../../base/convert.h"
 #include "../impl.h"
 #include "vec.h"
 
@@ -40,6 +41,7 @@ typedef struct {
     unit *units;
     merge_item *merges;
     int64_t n_units, n_merges, group, d_pad, part_stride;
+    bool lifted;                   /* decode rows take float codes by shifts (attention_decode.h) */
     float *scratch;                /* [threads, scratch_stride] */
     int64_t scratch_stride, pairs; /* of a query row and a position, at most */
 } attention_job;
@@ -215,10 +217,12 @@ static lco_status plan_units(attention_job *job)
     return LCO_OK;
 }
 
-static lco_status attention(const lco_attention_args *args)
+/* `shifts`: this processor multiplies subnormal floats as fast as others. */
+static lco_status attention(const lco_attention_args *args, bool shifts)
 {
     lco_mark mark = lco_arena_mark(args->exec->scratch);
     attention_job job = {.args = args, .group = args->n_heads / args->kv->n_kv_heads, .d_pad = round_up(args->kv->head_dim, VL)};
+    job.lifted = shifts && (args->kv->dtype == LCO_F8_E4M3 || args->kv->dtype == LCO_F8_E5M2);
     lco_status status = plan_units(&job);
     if (status == LCO_OK) {
         const bool serial = job.pairs * args->n_heads * args->kv->head_dim < SERIAL_PRODUCTS;
