@@ -355,6 +355,27 @@ def test_sizes_of_values(ctx, rng, dtype, buffered, size):
 
 
 @scaled
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(2, 2, 80), (5, 1, 72)])
+@pytest.mark.parametrize("size", [1e-30, 1, 1e30])
+def test_queries_and_neighbours_of_any_size(ctx, rng, dtype, heads, kv_heads, head_dim, size):
+    """Queries as large as keys are small, or the other way round; values of every other block 2^40 times their neighbours'. The query points
+    at one key, so that the output is a value of a small block, or of a large one."""
+    case = Case(rng, 320, heads, kv_heads, head_dim, 64, dtype)
+    small = np.where(np.arange(320) // BLOCK % 2, 2.0**20, 2.0**-20).astype(np.float32)[:, None, None]
+    k, v = normal(rng, 320, kv_heads, head_dim) * np.float32(size), normal(rng, 320, kv_heads, head_dim) * small
+    case.pages.write(case.table, 1, k, v)
+    case.bits = [oracle.encode(a, "bfloat16") for a in (k, v)]
+    case.k, case.v = (oracle.decode(a, "bfloat16") for a in case.bits)
+    case.coded = case.pages.read(case.table, 1, 320)
+    for pos, key in itertools.product((319, 300), (3, 21, 256)):
+        towards = (case.coded[0][key] / np.float32(size)).repeat(heads // kv_heads, axis=0)
+        case.q[pos] = towards / np.square(towards).sum(-1, keepdims=True) * np.float32(60 / case.scale / size)
+        case.check(ctx, pos, 1, prompt=False)
+        found = np.abs(case.rows(ctx, pos, 1, prompt=False)).max()
+        assert (found > 1) == (key // BLOCK % 2 == 1), "the query does not point at the key"
+
+
+@scaled
 def test_zeros_set_no_scale(ctx, rng, dtype):
     """Unbuffered: a row of zeros (of a padding token, say) at a block's start must not coarsen the rows after it."""
     rows = normal(rng, 16, 1, 64) / 50

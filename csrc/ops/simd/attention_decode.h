@@ -6,7 +6,7 @@
  * after what takes it far from 1 is set aside: a query's `unit`, the power of two below its largest number, by which scores are multiplied
  * afterwards; and the largest scale of a block's values, by which their weighted sum is. All of that is exact, and nothing leaves the range
  * of float32 on the way that would not leave it anyway. Their sums, and queries of heads alone, stand in the order of
- * v_shift_every_fourth(), CHUNK columns at a time; columns after the last whole chunk in their own. */
+ * v_shift_words(), CHUNK columns at a time; columns after the last whole chunk in their own. */
 
 enum {
     MAX_HEADS = 4,
@@ -43,39 +43,28 @@ INLINE void prefetch(const uint8_t *p, size_t bytes)
 /* The c-th vector of a whole chunk of columns, from i on. */
 INLINE vf load_chunk(const uint8_t *row, int64_t i, int c, row_form form)
 {
-    return form.lifted ? v_shift_every_fourth(row + i, c, form.dtype) : v_load_as(row, i + c * VL, form.dtype);
+#if VL == 16
+    if (form.lifted)
+        return v_shift_words(_mm512_loadu_si512(row + i), c, form.dtype);
+#endif
+    return v_load_as(row, i + c * VL, form.dtype);
 }
 
 /* A vector of the columns after the whole chunks, of which `left` exist, in their own order. */
 INLINE vf load_rest(const uint8_t *row, int64_t i, int64_t left, row_form form)
 {
+#if VL == 16
     if (form.lifted)
         return v_shift_codes(left < VL ? v_load_codes_n(row + i, left) : v_load_codes(row + i), form.dtype);
+#endif
     return v_load_as_part(row, i, left, form.dtype);
 }
 
 #if VL == 16
 enum { PIECE = 16, ALL_LANES = BLOCK / VL }; /* codes of a key that are turned over at a time; vectors of a block's positions */
 
-/* Codes [i, i + PIECE) of all keys, four to a word, a lane for each position; zeros in place of what is not there. */
-INLINE void turn_piece(__m512i words[ALL_LANES][PIECE / 4], const decode_block *b, int64_t i)
-{
-    const uint8_t *piece = b->keys + i;
-    int64_t stride = b->d;
-    uint8_t copy[BLOCK * PIECE];
-    if (b->n < BLOCK || b->d - i < PIECE) {
-        memset(copy, 0, sizeof copy);
-        for (int64_t t = 0; t < b->n; t++)
-            memcpy(copy + t * PIECE, piece + t * stride, (size_t)(b->d - i < PIECE ? b->d - i : PIECE));
-        piece = copy;
-        stride = PIECE;
-    }
-    for (int j = 0; j < ALL_LANES; j++)
-        v_turn_words(words[j], piece + j * VL * stride, stride);
-}
-
-/* scores[g][t] = q[g] . key[t] of a group's heads, of lifted codes: with a lane for each position nothing is left to be summed across lanes,
- * which with many heads costs more than turning keys over. */
+/* scores[g][t] = q[g] . key[t] of a group's heads, for a whole block of lifted codes and a head size of whole pieces: with a lane for each
+ * position nothing is left to be summed across lanes, which with many heads costs more than turning keys over, four codes to a word. */
 INLINE void turned_scores(const decode_block *b, lco_dtype dtype, int heads, float scores[MAX_HEADS][BLOCK])
 {
     vf acc[MAX_HEADS][ALL_LANES];
@@ -84,7 +73,8 @@ INLINE void turned_scores(const decode_block *b, lco_dtype dtype, int heads, flo
             acc[g][j] = v_zero();
     for (int64_t i = 0; i < b->d; i += PIECE) {
         __m512i words[ALL_LANES][PIECE / 4];
-        turn_piece(words, b, i);
+        for (int j = 0; j < ALL_LANES; j++)
+            v_turn_words(words[j], b->keys + j * VL * b->d + i, b->d);
         for (int w = 0; w < PIECE / 4; w++) {
             prefetch(b->next_keys + (i + 4 * w) * BLOCK, 4 * BLOCK);
             for (int k = 0; k < 4; k++) {
@@ -110,7 +100,7 @@ INLINE void turned_scores(const decode_block *b, lco_dtype dtype, int heads, flo
 INLINE void block_scores(const decode_block *b, row_form form, int heads, bool ahead, float scores[MAX_HEADS][BLOCK])
 {
     const size_t row = (size_t)b->d * lco_dtype_bytes(form.dtype);
-    const int64_t whole = b->d / CHUNK * CHUNK;
+    const int64_t whole = form.lifted && heads > 1 ? 0 : b->d / CHUNK * CHUNK; /* queries of a group are in their own order */
     for (int64_t t = 0; t < b->n; t += 4) {
         const uint8_t *key[4];
         for (int64_t j = 0; j < 4; j++) /* past the end: the last one again */
@@ -259,7 +249,7 @@ INLINE void attend_block(const decode_block *b, row_form form, int heads, bool a
         spread_scales(value_scales, b, b->value_scales, unit, form.lifted ? v_code_lift(form.dtype) : v_code_unit(form.dtype));
     }
 #if VL == 16
-    if (form.lifted && heads > 1)
+    if (form.lifted && heads > 1 && b->n == BLOCK && b->d % PIECE == 0)
         turned_scores(b, form.dtype, heads, scores);
     else
 #endif
@@ -355,12 +345,12 @@ static void attend_heads(const attention_job *job, const unit *u, const float *s
 /* Makes a query what lifted codes are multiplied by, and returns its unit. */
 static float lift_query(const attention_job *job, float *q)
 {
-    float largest = 0x1p-126f;
-    for (int64_t j = 0; j < job->d_pad; j++)
-        largest = fabsf(q[j]) > largest ? fabsf(q[j]) : largest;
-    const float unit = lco_float_of_bits(lco_float_bits(largest) & 0x7F800000u), lift = v_code_lift(job->args->kv->dtype);
-    for (int64_t j = 0; j < job->d_pad; j++)
-        q[j] = q[j] / unit * lift;
+    vf top = v_set(0x1p-126f);
+    for (int64_t j = 0; j < job->d_pad; j += VL)
+        top = v_max(v_max(v_load(q + j), v_sub(v_zero(), v_load(q + j))), top);
+    const float unit = lco_float_of_bits(lco_float_bits(v_largest(top)) & 0x7F800000u), lift = v_code_lift(job->args->kv->dtype);
+    for (int64_t j = 0; j < job->d_pad; j += VL)
+        v_store(q + j, v_mul(v_set(lift), v_mul(v_set(1 / unit), v_load(q + j))));
     for (int64_t j = 0; job->group == 1 && j + CHUNK <= job->args->kv->head_dim; j += CHUNK)
         v_order_fourths(q + j, false);
     return unit;

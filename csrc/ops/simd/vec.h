@@ -174,12 +174,6 @@ static inline vf v_exp(vf a)
 }
 #endif
 
-/* Float codes by shifts and a mask: their bits moved to where a float32 has them, which means value / v_code_lift(). Two thirds of the work of
- * going by float16, but subnormal codes become subnormal floats, which not every processor multiplies as fast as others.
- * v_shift_codes: VL codes. v_shift_every_fourth: of 4 * VL codes, every fourth from the k-th on; pairs of these share their first shifts. */
-static inline float v_code_lift(lco_dtype dtype) { return dtype == LCO_F8_E4M3 ? 0x1p120f : 0x1p112f; }
-static inline int v_code_mask(lco_dtype dtype) { return (int)(dtype == LCO_F8_E4M3 ? 0x87F00000u : 0x8FE00000u); }
-
 /* VL one-byte codes as floats, e4m3 times 2^-8 (a float16 of the same bits; v_code_unit mends it in the scale). A NaN of e4m3 comes out as
  * a number: the block's scale is NaN then (base/codes.h). */
 #if defined(__AVX512F__)
@@ -194,6 +188,10 @@ static inline vf v_from_codes(__m128i c, lco_dtype dtype)
 static inline __m128i v_load_codes(const void *p) { return _mm_loadu_si128(p); }
 static inline __m128i v_load_codes_n(const void *p, int64_t n) { return _mm_maskz_loadu_epi8(v_first(n), p); }
 
+/* Float codes by shifts and a mask: their bits moved to where a float32 has them, which means value / v_code_lift(). Two thirds of the work of
+ * going by float16, but subnormal codes become subnormal floats, which not every processor multiplies as fast as others.
+ * v_shift_codes: VL codes. v_shift_words: the k-th of each four. Pairs of these share their first shifts. */
+static inline int v_code_mask(lco_dtype dtype) { return (int)(dtype == LCO_F8_E4M3 ? 0x87F00000u : 0x8FE00000u); }
 static inline vf v_shift_codes(__m128i c, lco_dtype dtype)
 {
     const __m512i moved = _mm512_slli_epi32(_mm512_cvtepi8_epi32(c), dtype == LCO_F8_E4M3 ? 20 : 21);
@@ -204,7 +202,6 @@ static inline vf v_shift_words(__m512i codes, int k, lco_dtype dtype)
     const __m512i words = _mm512_srai_epi16(k % 2 == 0 ? _mm512_slli_epi16(codes, 8) : codes, dtype == LCO_F8_E4M3 ? 4 : 3);
     return _mm512_castsi512_ps(_mm512_and_si512(k < 2 ? _mm512_slli_epi32(words, 16) : words, _mm512_set1_epi32(v_code_mask(dtype))));
 }
-static inline vf v_shift_every_fourth(const void *p, int k, lco_dtype dtype) { return v_shift_words(_mm512_loadu_si512(p), k, dtype); }
 
 /* 16 bytes of each of 16 rows `stride` apart, turned over as 32-bit words: lane j of words[w] holds bytes 4 * w.. of row j. */
 static inline void v_turn_words(__m512i words[4], const uint8_t *first, int64_t stride)
@@ -242,20 +239,14 @@ static inline __m128i v_load_codes_n(const void *p, int64_t n)
     memcpy(&c, p, (size_t)n);
     return c;
 }
-static inline vf v_shift_codes(__m128i c, lco_dtype dtype)
-{
-    const __m256i moved = _mm256_slli_epi32(_mm256_cvtepi8_epi32(c), dtype == LCO_F8_E4M3 ? 20 : 21);
-    return _mm256_castsi256_ps(_mm256_and_si256(moved, _mm256_set1_epi32(v_code_mask(dtype))));
-}
-static inline vf v_shift_every_fourth(const void *p, int k, lco_dtype dtype)
-{
-    const __m256i codes = _mm256_loadu_si256(p);
-    const __m256i words = _mm256_srai_epi16(k % 2 == 0 ? _mm256_slli_epi16(codes, 8) : codes, dtype == LCO_F8_E4M3 ? 4 : 3);
-    return _mm256_castsi256_ps(_mm256_and_si256(k < 2 ? _mm256_slli_epi32(words, 16) : words, _mm256_set1_epi32(v_code_mask(dtype))));
-}
 #endif
 
-/* 4 * VL floats into the order that v_shift_every_fourth() gives for k = 0, 1, ..., or back. */
+static inline float v_code_unit(lco_dtype dtype) { return dtype == LCO_F8_E4M3 ? 256.0f : 1.0f; }
+
+/* What makes values of v_shift_codes() and v_shift_words() again. */
+static inline float v_code_lift(lco_dtype dtype) { return dtype == LCO_F8_E4M3 ? 0x1p120f : 0x1p112f; }
+
+/* 4 * VL floats into the order that v_shift_words() gives for k = 0, 1, ..., or back. */
 static inline void v_order_fourths(float *x, bool back)
 {
     float from[4 * VL];
@@ -264,8 +255,6 @@ static inline void v_order_fourths(float *x, bool back)
         for (int k = 0; k < 4; k++)
             x[back ? 4 * j + k : k * VL + j] = from[back ? k * VL + j : 4 * j + k];
 }
-
-static inline float v_code_unit(lco_dtype dtype) { return dtype == LCO_F8_E4M3 ? 256.0f : 1.0f; }
 
 /* VL elements of a weight or cache row, whatever its type, as floats. */
 static inline vf v_load_as(const void *row, int64_t i, lco_dtype dtype)
