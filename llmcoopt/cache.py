@@ -176,12 +176,13 @@ class KVCache:
         """(cache, sequences): a cache like the one that was saved, with its sequences. options: as for KVCache, where the file does not say."""
         from .cache_file import CacheFile
 
-        about = CacheFile(path).about
+        file = CacheFile(path)
+        about = file.about
         kept = {name: about[name] for name in ("page_size", "write_buffer", "turn_keys", "kv_scales")}
         kept |= {"dtype": about["dtypes"], "attention_window": about["window"], "attention_sinks": about["sinks"]}
         cache = cls(model, **(kept | options))
         try:
-            return cache, cache.load(path)
+            return cache, [Sequence(cache, core) for core in file.load(cache)]
         except BaseException:
             cache.close()
             raise

@@ -109,11 +109,4 @@ static inline float lco_largest_bf16(const uint16_t *values, int64_t n)
     return largest > 0x7F80u ? INFINITY : lco_bf16_to_f32(largest);
 }
 
-/* One block of one head: n values (rows of head_dim, one after the other) -> codes, and their scale. */
-static inline void lco_encode_block(uint8_t *codes, float *scale, const uint16_t *values, int64_t n, lco_dtype dtype)
-{
-    *scale = lco_block_scale(lco_largest_bf16(values, n), dtype);
-    lco_encode_run(codes, values, n, *scale, dtype);
-}
-
 #endif

@@ -141,6 +141,6 @@ lco_status lco_seq_from_image(lco_kv *kv, const lco_seq_image *image, lco_seq **
 /* A page's bytes, wherever it lies; a page with these bytes, held by the caller until lco_kv_page_drop(). */
 lco_status lco_kv_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err);
 lco_status lco_kv_page_in(lco_kv *kv, const uint8_t *bytes, int32_t *page, lco_error *err);
-void lco_kv_page_drop(lco_kv *kv, int32_t page);
+lco_status lco_kv_page_drop(lco_kv *kv, int32_t page, lco_error *err);
 
 #endif

@@ -215,8 +215,18 @@ int32_t lco_prefix_idle_hot(const lco_kv *kv)
 
 void lco_kv_forget_prefixes(lco_kv *kv)
 {
-    while (kv->prefix != NULL && kv->prefix->n_known > 0)
-        unlearn(kv, oldest_leaf(kv));
+    lco_prefix *p = kv->prefix;
+    for (int32_t page = 0; p != NULL && page < kv->n_touched; page++) {
+        if (!p->nodes[page].known)
+            continue;
+        kv->prefix_idle -= kv->refs[page] == 1;
+        p->nodes[page] = (prefix_node){0};
+        lco_page_release(kv, page);
+    }
+    if (p != NULL) {
+        memset(p->buckets, 0, (size_t)p->n_buckets * sizeof *p->buckets);
+        p->n_known = 0;
+    }
 }
 
 bool lco_prefix_sound(const lco_kv *kv, int64_t *page)

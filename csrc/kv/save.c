@@ -3,11 +3,17 @@
 
 #include "tier.h"
 
+static lco_status check_held(const lco_kv *kv, int32_t page, lco_error *err)
+{
+    if (page >= 0 && page < kv->n_touched && kv->refs[page] > 0)
+        return LCO_OK;
+    return lco_fail(err, LCO_EINVAL, "page %d, expected one that is held", page);
+}
+
 lco_status lco_kv_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err)
 {
-    if (page < 0 || page >= kv->n_touched || kv->refs[page] == 0)
-        return lco_fail(err, LCO_EINVAL, "page %d, expected one that a sequence holds", page);
-    return lco_tier_page_out(kv, page, bytes, err);
+    lco_status status = check_held(kv, page, err);
+    return status == LCO_OK ? lco_tier_page_out(kv, page, bytes, err) : status;
 }
 
 lco_status lco_kv_page_in(lco_kv *kv, const uint8_t *bytes, int32_t *page, lco_error *err)
@@ -25,7 +31,13 @@ lco_status lco_kv_page_in(lco_kv *kv, const uint8_t *bytes, int32_t *page, lco_e
     return status;
 }
 
-void lco_kv_page_drop(lco_kv *kv, int32_t page) { lco_page_release(kv, page); }
+lco_status lco_kv_page_drop(lco_kv *kv, int32_t page, lco_error *err)
+{
+    lco_status status = check_held(kv, page, err);
+    if (status == LCO_OK)
+        lco_page_release(kv, page);
+    return status;
+}
 
 lco_seq_image lco_seq_get_image(const lco_seq *seq)
 {

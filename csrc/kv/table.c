@@ -160,7 +160,7 @@ static lco_status own_page(lco_seq *seq, int64_t index, lco_error *err)
     lco_page_take(kv, &page, NULL);
     lco_status status = lco_tier_open(kv, page, false, err);
     if (status == LCO_OK)
-        status = lco_tier_copy(kv, page, seq->table[index], err);
+        status = lco_tier_page_out(kv, seq->table[index], kv->base + (size_t)page * kv->page_bytes, err);
     if (status != LCO_OK) {
         lco_page_release(kv, page);
         return status;

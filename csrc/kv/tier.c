@@ -93,6 +93,7 @@ static lco_status spill(lco_tier *tier, int32_t page, lco_error *err)
                             "page %d could not be written to the spill file '%s': %s; make room there, raise host_bytes or free sequences",
                             page, tier->path, strerror(errno));
         tier->copied[page] = true;
+        tier->cut[page] = false;
         tier->end = place(kv, page + 1) > tier->end ? place(kv, page + 1) : tier->end;
     }
     lco_page_unmap(kv, page);
@@ -230,8 +231,6 @@ lco_status lco_tier_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error
     return LCO_OK;
 }
 
-lco_status lco_tier_copy(lco_kv *kv, int32_t to, int32_t from, lco_error *err) { return lco_tier_page_out(kv, from, address(kv, to), err); }
-
 void lco_tier_recall(lco_seq *seq)
 {
     lco_tier *tier = seq->kv->tier;
@@ -241,8 +240,12 @@ void lco_tier_recall(lco_seq *seq)
         const int32_t page = seq->table[i];
         if (page == LCO_NO_PAGE || !tier->away[page])
             continue;
-        if (make_room(tier, true, NULL) != LCO_OK || !read_page(tier, page, address(seq->kv, page), seq->kv->page_bytes, 0))
-            return; /* read where it lies, then; who reads it is told when it can't be */
+        if (make_room(tier, true, NULL) != LCO_OK)
+            return;
+        if (!read_page(tier, page, address(seq->kv, page), seq->kv->page_bytes, 0)) {
+            lco_page_unmap(seq->kv, page); /* what came of it; who reads the page is told */
+            return;
+        }
         make_hot(tier, page);
         tier->restored++;
     }
@@ -353,7 +356,8 @@ static const uint8_t *fetch(void *ctx, const lco_kv_view *view, int thread, int6
 
 int64_t lco_kv_step_tokens(const lco_kv *kv)
 {
-    const int64_t page_size = kv->options.page_size, hot = kv->tier != NULL ? (kv->tier->most_hot - 2) * page_size : INT64_MAX;
+    const bool bounded = kv->tier != NULL && kv->tier->most_hot < kv->n_pages;
+    const int64_t page_size = kv->options.page_size, hot = bounded ? (kv->tier->most_hot - 2) * page_size : INT64_MAX;
     if (kv->sight.window == 0)
         return hot;
     /* As many as leave room for the window of a sequence that fills the pool alone. */

@@ -18,7 +18,7 @@ typedef struct {
     uint8_t *bytes; /* a slice */
     int64_t page, head, heads;
     size_t slice_offset; /* which layer */
-    int64_t step;        /* of lco_tier_step(): what was fetched before it may have changed */
+    int64_t step;        /* of lco_kv_begin_step(): what was fetched before it may have changed */
 } fetched;
 
 /* Of one thread: what it fetched last, in turn. */
@@ -60,7 +60,6 @@ void lco_tier_reset_counters(lco_kv *kv);
 /* Makes page `page` hot: `fill` when what it held must be there again. Sends others away for it. */
 lco_status lco_tier_open(lco_kv *kv, int32_t page, bool fill, lco_error *err);
 void lco_tier_forget(lco_kv *kv, int32_t page);                                         /* the page is free */
-lco_status lco_tier_copy(lco_kv *kv, int32_t to, int32_t from, lco_error *err);         /* `to` is hot; `from` may be away */
 lco_status lco_tier_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err); /* its bytes, wherever it lies */
 lco_status lco_tier_settle(lco_kv *kv, int32_t page, lco_error *err); /* a new page, at its address: stays if there is room, or goes away */
 void lco_tier_dirty(lco_kv *kv, int32_t page);                        /* rows go to it: the file's copy is stale */

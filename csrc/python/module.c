@@ -20,6 +20,11 @@ PyObject *lco_py_raise(PyObject *self, const lco_error *err)
     return NULL;
 }
 
+PyObject *lco_py_none(PyObject *self, lco_status status, const lco_error *err)
+{
+    return status == LCO_OK ? Py_NewRef(Py_None) : lco_py_raise(self, err);
+}
+
 lco_status lco_py_lock_nogil(model_object *model, lco_error *err)
 {
     lco_status status = lco_owner_check(model->owner, err);

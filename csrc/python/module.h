@@ -51,7 +51,9 @@ typedef struct {
 
 /* Sets the exception of a status; returns NULL. */
 PyObject *lco_py_raise(PyObject *self, const lco_error *err);
-core_state *lco_py_state(PyObject *self); /* of an instance of one of our types */
+PyObject *lco_py_none(PyObject *self, lco_status status, const lco_error *err); /* None, or the exception of a failure */
+void lco_py_free_object(PyObject *self);                                        /* the end of a tp_dealloc */
+core_state *lco_py_state(PyObject *self);                                       /* of an instance of one of our types */
 
 /* A C-contiguous int32 buffer; -1 with an exception that names `what`. */
 int lco_py_get_ids(PyObject *self, PyObject *object, const char *what, Py_buffer *out);

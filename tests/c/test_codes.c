@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "../../csrc/base/codes.h"
+#include "blocks.h"
 #include "harness.h"
 
 typedef struct {
@@ -241,7 +242,7 @@ static void blocks(void)
     for (int n = 0; n < 6000 && harness_failures < 20; n++) {
         const kind *k = &KINDS[n % N_KINDS];
         random_block(&s, values, BLOCK);
-        lco_encode_block(codes, &scale, values, BLOCK, k->dtype);
+        encode_block(codes, &scale, values, BLOCK, k->dtype);
         CHECK(scale == lco_block_scale(lco_largest_bf16(values, BLOCK), k->dtype), "%s", k->name);
         for (int i = 0; i < BLOCK; i++) {
             const float value = lco_bf16_to_f32(values[i]);
@@ -255,7 +256,7 @@ static void blocks(void)
         }
         lco_encode_run(codes_again, again, BLOCK, scale, k->dtype);
         CHECK(memcmp(codes, codes_again, BLOCK) == 0, "%s: codes change under the same scale", k->name);
-        lco_encode_block(codes_again, &scale_again, again, BLOCK, k->dtype);
+        encode_block(codes_again, &scale_again, again, BLOCK, k->dtype);
         if (k->dtype == LCO_I8)
             CHECK(memcmp(codes, codes_again, BLOCK) == 0, "int8: codes change");
         for (int i = 0; i < BLOCK && k->dtype != LCO_I8; i++)
@@ -276,7 +277,7 @@ static void bad_values_show(void)
         const kind *k = &KINDS[n % N_KINDS];
         random_block(&s, values, BLOCK);
         values[n / N_KINDS % BLOCK] = bad[n / (N_KINDS * BLOCK)];
-        lco_encode_block(codes, &scale, values, BLOCK, k->dtype);
+        encode_block(codes, &scale, values, BLOCK, k->dtype);
         CHECK(isnan(scale), "%s: scale %a", k->name, (double)scale);
         for (int i = 0; i < BLOCK; i++) {
             CHECK(is_nan_code(k, codes[i]), "%s: code %02X", k->name, codes[i]);

@@ -4,6 +4,7 @@
 
 #include "../../csrc/base/codes.h"
 #include "../../csrc/kv/kv.h"
+#include "blocks.h"
 #include "harness.h"
 
 enum { LAYERS = 2, HEADS = 2, DIM = 2, RUNS = LAYERS * 2 * HEADS, ELEMENTS = RUNS * DIM, MOST_SEQS = 8, MOST_TOKENS = 208 };
@@ -63,7 +64,7 @@ static void write_rows(const lco_kv *kv, const mirror *m, int64_t from, int64_t 
                 float *scale;
                 uint8_t *codes = codes_at(views, m->seq, block, run, &scale);
                 run_of(&m->rows[start], run, values);
-                lco_encode_block(codes, scale, values, LCO_KV_BLOCK * DIM, views->dtype);
+                encode_block(codes, scale, values, LCO_KV_BLOCK * DIM, views->dtype);
                 continue;
             }
             for (int64_t t = first; t < to; t++)
@@ -83,7 +84,7 @@ static int64_t differences(const lco_kv *kv, const mirror *m)
             float scale, *found_scale;
             const uint8_t *found = codes_at(views, m->seq, block, run, &found_scale);
             run_of(&m->rows[block * LCO_KV_BLOCK], run, values);
-            lco_encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, views->dtype);
+            encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, views->dtype);
             wrong += memcmp(codes, found, sizeof codes) != 0 || scale != *found_scale;
         }
         for (int64_t t = m->n / LCO_KV_BLOCK * LCO_KV_BLOCK; t < m->n; t++)
@@ -148,7 +149,7 @@ static void cut(mirror *m, int64_t length, lco_dtype dtype)
             uint8_t codes[LCO_KV_BLOCK * DIM];
             float scale;
             run_of(&m->rows[start], run, values);
-            lco_encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, dtype);
+            encode_block(codes, &scale, values, LCO_KV_BLOCK * DIM, dtype);
             for (int64_t i = 0; i < LCO_KV_BLOCK * DIM; i++)
                 m->rows[start + i / DIM][run * DIM + i % DIM] = lco_f32_to_bf16(lco_decode(codes[i], dtype) * scale);
         }

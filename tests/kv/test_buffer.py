@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from checkpoints import make, row_errors
+from checkpoints import make, row_errors, steps
 
 import llmcoopt
 from llmcoopt.cache import SCALED
@@ -31,16 +31,6 @@ def cache(request, model, dtype):
     with llmcoopt.KVCache(model, dtype, page_size=request.param, max_tokens=8192) as cache:
         yield cache
         cache.check()
-
-
-def steps(model, seq, ids, *lengths):
-    """Logits of ids given in pieces: these lengths, then the rest."""
-    out, at = [], 0
-    for length in (*lengths, len(ids)):
-        if part := ids[at : at + length]:
-            out.append(model.forward(part, seq))
-        at += length
-    return np.concatenate(out)
 
 
 def continuation(model, seq, ids=OTHER):

@@ -38,7 +38,7 @@ def test_the_same_bits(model, tmp_path, dtype, n):
         expected = goes_on(model, sequence)
         assert np.array_equal(goes_on(model, other), expected)
     cache, (again,) = llmcoopt.KVCache.from_file(model, tmp_path / "a.safetensors", max_tokens=512)
-    assert cache.layer_dtypes == (dtype,) * 4 or list(cache.layer_dtypes) == [dtype] * 4
+    assert list(cache.layer_dtypes) == [dtype] * 4
     assert np.array_equal(goes_on(model, again), expected)
     cache.close()
 
@@ -172,3 +172,18 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch):
         with pytest.raises(ArgumentError, match="expected sequences of this cache"):
             cache.save(path, [1])
     assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_numbers_of_no_page(model):
+    with llmcoopt.KVCache(model, page_size=16, max_tokens=64) as cache:
+        size = cache.stats()["page_bytes"]
+        for number in (-1, 0, 3, 10**6):
+            with pytest.raises(ArgumentError, match=f"page {number}, expected one that is held"):
+                cache._core.page_drop(number)
+            with pytest.raises(ArgumentError, match=f"page {number}, expected one that is held"):
+                cache._core.page_out(number, bytearray(size))
+        with pytest.raises(ArgumentError, match=r"a buffer of 5 bytes"):
+            cache._core.page_in(b"short")
+        with pytest.raises(FormatError, match=r"page 0 of a sequence is number 7, which is none"):
+            cache._core.restore(3, 3, 0, np.zeros(3, np.int32).tobytes(), np.array([7], np.int32).tobytes(), b"")
+        cache.check()

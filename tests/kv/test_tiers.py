@@ -191,6 +191,15 @@ def test_more_than_memory_allows_at_once(model, small):
     assert model.generate(prompts, cache=cache, max_new_tokens=20, ignore_eos=True) == expected * 8
 
 
+def test_memory_for_all_pages_of_a_small_cache(model, tmp_path):
+    """A file that is never needed bounds nothing, not even where the cache has fewer pages than a bound may have."""
+    for pages in (1, 2, 3, 4):
+        size = pages * page_bytes(model, "int8")
+        with llmcoopt.KVCache(model, "int8", page_size=PAGE, max_tokens=pages * PAGE, host_bytes=size, spill_path=tmp_path) as cache:
+            assert model.forward(IDS[: pages * PAGE], cache.sequence()).shape[0] == pages * PAGE
+            cache.check()
+
+
 def test_named_files(model, tmp_path):
     path = tmp_path / "cache.bin"
     size = 6 * page_bytes(model, "int8")

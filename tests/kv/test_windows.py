@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from checkpoints import make
+from checkpoints import make, steps
 
 import llmcoopt
 from llmcoopt.errors import ArgumentError, OutOfPagesError
@@ -49,15 +49,6 @@ def most_pages(cache, window=WINDOW, sinks=0, prompt=False):
     where it began."""
     pages = -(-(window + cache.page_size) // cache.page_size) + 1 + -(-sinks // cache.page_size)
     return pages + (-(-window // cache.page_size) + 1) * prompt
-
-
-def steps(model, seq, ids, *lengths):
-    out, at = [], 0
-    for length in (*lengths, len(ids)):
-        if part := ids[at : at + length]:
-            out.append(model.forward(part, seq))
-        at += length
-    return np.concatenate(out)
 
 
 def plain(model, dtype, **options):

@@ -130,6 +130,16 @@ def make(folder, family="llama", seed=0, dtype="float32", shards=1, edit=None, *
     return weights
 
 
+def steps(model, seq, ids, *lengths):
+    """Logits of ids given in pieces: these lengths, then the rest."""
+    out, at = [], 0
+    for length in (*lengths, len(ids)):
+        if part := ids[at : at + length]:
+            out.append(model.forward(part, seq))
+        at += length
+    return np.concatenate(out)
+
+
 def row_errors(a, b):
     """The largest difference in each row, relative to the row's largest value: max |a - b| / max |b|."""
     a, b = np.atleast_2d(np.asarray(a, np.float64)), np.atleast_2d(np.asarray(b, np.float64))
