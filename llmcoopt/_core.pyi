@@ -50,6 +50,8 @@ class KVCache:
         window: int = 0,
         sinks: int = 0,
         page_tolerance: float = 0.0,
+        residual: int = 0,
+        n_first: int = 0,
     ) -> None:
         """layer_dtypes: of every layer, in place of dtype. fixed_scales: float32 [layers, k|v, kv_heads], for layers of fp8_e4m3."""
 
@@ -58,6 +60,13 @@ class KVCache:
     def page_out(self, page: int, buffer: Buffer) -> None: ...
     def page_in(self, data: Buffer) -> int:
         """A page with these bytes, held until page_drop(); returns its number."""
+
+    def first_out(self, page: int, buffer: Buffer) -> None: ...
+    def first_in(self, page: int, data: Buffer) -> None:
+        """A text begins with this page of page_in(), and these bytes lie beside it."""
+
+    def buffer(self) -> tuple[int, int]:
+        """(tokens of a stretch, bytes beside a page that a text begins with)."""
 
     def page_drop(self, page: int) -> None: ...
     def restore(self, length: int, exact: int, unseen: int, ids: bytes, table: bytes, tail: bytes) -> Sequence:
@@ -160,6 +169,7 @@ class OpContext:
         items: _Sequence,
         scales: Buffer | None = None,
         turned: bool = False,
+        buffer: tuple[int, Buffer] | None = None,
     ) -> None: ...
     def attention(
         self,
@@ -176,6 +186,7 @@ class OpContext:
         window: int = 0,
         sinks: int = 0,
         chosen: Buffer | None = None,
+        buffer: tuple[int, Buffer] | None = None,
     ) -> None: ...
     def choose_pages(
         self,
@@ -195,6 +206,7 @@ class OpContext:
         tolerance: float,
         window: int = 0,
         sinks: int = 0,
+        buffer: tuple[int, Buffer] | None = None,
     ) -> None: ...
 
 def isas() -> list[str]:

@@ -15,6 +15,9 @@ from .layer_types import BYTES, DTYPES, SCALED, layer_types, types_text
 __all__ = ["DTYPES", "SCALED", "KVCache", "Sequence", "of_model"]
 
 
+SINK_LENGTH = 4  # tokens at the beginning kept in 16 bit, unless told otherwise
+
+
 class KVCache:
     """A pool of pages for the keys and values of one model.
 
@@ -26,8 +29,12 @@ class KVCache:
         dtype: element type of keys and values: "fp8_e4m3" (also "fp8"), "fp8_e5m2", "int8": one byte and a scale for each block of 16 tokens, kv
             head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own. A list has the type of each layer; a dict has types of
             single layers, and as "default" that of all others: {"default": "fp8_e4m3", 0: "bfloat16", -1: "bfloat16"}.
-        write_buffer: one-byte types only: keep the block that a sequence is filling in 16 bit and quantise it once, when it has 16 tokens, with the
-            scale of its largest value. False: quantise every token as it comes.
+        write_buffer: one-byte types only: keep the newest tokens of a sequence in 16 bit and quantise them once, 16 at a time, with the scale of their
+            largest value. False: quantise every token as it comes.
+        residual_length: with write_buffer: how many tokens that are. A token attends in 16 bit to those from the last multiple of residual_length on,
+            in one byte to those before. A multiple of 16, at most 64, that divides page_size; None: the largest.
+        sink_length: with write_buffer: the first tokens of a sequence that stay in 16 bit for good, 0 to 16. Most tokens attend to the very first
+            one; rounding it costs more than rounding any other. None: 4.
         turn_keys: one-byte types only: turn keys and queries by a Walsh-Hadamard matrix, which changes no dot product and spreads large channels, so
             that rounding to one byte loses less. (With a page_tolerance False may leave out more pages: bounds of single channels are narrower.)
         kv_scales: "block": scales come from the data, one for each block. "checkpoint": layers of fp8_e4m3 take k_scale and v_scale from the files
@@ -74,6 +81,8 @@ class KVCache:
         attention_window: int | None = None,
         attention_sinks: int = 0,
         page_tolerance: float | None = None,
+        residual_length: int | None = None,
+        sink_length: int | None = None,
     ):
         self.model = model
         self.choice = None
@@ -85,7 +94,12 @@ class KVCache:
             from .dtype_choice import choose_cache_dtype
 
             self.choice = choose_cache_dtype(
-                model, calibration, tolerance, tokenizer=tokenizer, write_buffer=write_buffer, turn_keys=turn_keys
+                *(model, calibration, tolerance),
+                tokenizer=tokenizer,
+                write_buffer=write_buffer,
+                turn_keys=turn_keys,
+                residual_length=residual_length,
+                sink_length=sink_length,
             )
             dtype = self.choice.dtypes
         self.layer_dtypes = layer_types(dtype, model.config.num_hidden_layers, model.dtype)
@@ -94,7 +108,10 @@ class KVCache:
             max_tokens = _default_tokens(model.config, self.layer_dtypes)
         self.kv_scales = kv_scales
         scales = checkpoint_scales(model, self.layer_dtypes, kv_scales)
-        self.write_buffer = write_buffer and any(name in SCALED for name in self.layer_dtypes)
+        coded = any(name in SCALED for name in self.layer_dtypes)
+        self.write_buffer = bool(write_buffer) and coded
+        residual = 0 if residual_length is None else _whole("residual_length", residual_length, 1)
+        self.sink_length = (SINK_LENGTH if self.write_buffer else 0) if sink_length is None else _whole("sink_length", sink_length, 0) * coded
         if host_bytes is None and spill_path is not None:
             host_bytes = _limits.memory_bytes() // 2
         if host_bytes is not None and (isinstance(host_bytes, bool) or not isinstance(host_bytes, int | np.integer) or host_bytes < 1):
@@ -105,7 +122,7 @@ class KVCache:
         self.attention_sinks = _whole("attention_sinks", attention_sinks, 0)
         self.page_tolerance = _share("page_tolerance", page_tolerance or 0.0)
         self.prefix_cache = bool(prefix_cache)
-        self.turn_keys = bool(turn_keys) and kv_scales == "block" and any(name in SCALED for name in self.layer_dtypes)
+        self.turn_keys = bool(turn_keys) and kv_scales == "block" and coded
         self._skipped = {"padding": 0, "duplicate": 0}
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._numbers = itertools.count()
@@ -117,7 +134,10 @@ class KVCache:
             window=self.attention_window or 0,
             sinks=self.attention_sinks,
             page_tolerance=self.page_tolerance,
+            residual=residual,
+            n_first=self.sink_length,
         )
+        self.residual_length, self._first_bytes = self._core.buffer()
         self.page_size = page_size
         model._caches.add(self)
 
@@ -127,8 +147,8 @@ class KVCache:
 
     def stats(self) -> dict:
         """Exact counters: pages_total, pages_free, pages_shared, pages_away (in the spill file and not in memory), sequences, tokens_held,
-        page_bytes, bytes_per_token, reserved_bytes (address space), resident_bytes (memory in use now, as the system counts it), tail_bytes (the
-        write buffers of all sequences, beside the pages), and since the cache was made tokens_appended, blocks_quantised (16 tokens of all
+        page_bytes, bytes_per_token, reserved_bytes (address space), resident_bytes (memory in use now, as the system counts it), tail_bytes and
+        first_bytes (beside the pages: write buffers of all sequences, and first tokens in 16 bit), and since the cache was made tokens_appended, blocks_quantised (16 tokens of all
         layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and bytes_fetched (a slice: a layer of a page
         that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead), bytes_written (codes, scales
         and 16-bit rows that went to pages), and writes_skipped: tokens not computed and written, by reason: "padding" (masked out), "prefix" (found
@@ -165,7 +185,7 @@ class KVCache:
 
     def load(self, path) -> list["Sequence"]:
         """The sequences of a file that `save` wrote, as new sequences of this cache, which must be like the one that they came from: element types,
-        page_size, write_buffer, turn_keys, kv_scales, window and sinks, and above all the model; ArgumentError says what differs. FormatError for
+        page_size, write_buffer, residual_length, sink_length, turn_keys, kv_scales, window and sinks, and above all the model; ArgumentError says what differs. FormatError for
         damaged files (every page has a checksum), OutOfPagesError; then the cache is as it was."""
         from .cache_file import CacheFile
 
@@ -178,7 +198,7 @@ class KVCache:
 
         file = CacheFile(path)
         about = file.about
-        kept = {name: about[name] for name in ("page_size", "write_buffer", "turn_keys", "kv_scales")}
+        kept = {name: about[name] for name in ("page_size", "write_buffer", "residual_length", "sink_length", "turn_keys", "kv_scales")}
         kept |= {"dtype": about["dtypes"], "attention_window": about["window"], "attention_sinks": about["sinks"]}
         cache = cls(model, **(kept | options))
         try:
@@ -227,6 +247,12 @@ class KVCache:
             return ""
         return f", {bytes_text(stats['pages_away'] * stats['page_bytes'])} in {os.fspath(self.spill_path)}"
 
+    def _exact_text(self, stats: dict) -> str:
+        if not self.write_buffer:
+            return "nothing" if any(name in SCALED for name in self.layer_dtypes) else "all"
+        newest = f"the newest {self.residual_length} tokens at most ({bytes_text(stats['tail_bytes'])})"
+        return newest + (f", the first {self.sink_length} ({bytes_text(stats['first_bytes'])})" if self.sink_length else "")
+
     def _repr_html_(self):
         s = self.stats()
         used = s["pages_total"] - s["pages_free"]
@@ -239,7 +265,7 @@ class KVCache:
             "pages left out": f"{s['pages_left_out']:,} of {s['pages_read'] + s['pages_left_out']:,}, at most {s['largest_mass_left_out']:.2g}",
             "attention": self._approximations().removeprefix(", ") or "exact",
             "bytes per token": f"{s['bytes_per_token']:,}",
-            "write buffers": bytes_text(s["tail_bytes"]),
+            "in 16 bit": self._exact_text(s),
         }
         return html_table("KVCache", rows)
 

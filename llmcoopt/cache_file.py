@@ -1,7 +1,8 @@
 """Caches in files: what KVCache.save writes and KVCache.load reads.
 
 A safetensors file. Tensors: `pages` [n, page_bytes], bytes as they lie in memory, a page that sequences share once; `crc32` of each; for sequence i
-`ids.i` and `table.i` (rows of `pages`, -1: left the window) as int32, and `tail.i`, the write buffer. The metadata has the version, what the cache is
+`ids.i` and `table.i` (rows of `pages`, -1: left the window) as int32, and `tail.i`, the write buffer; `firsts`, the first tokens in 16 bit beside the
+pages that sequences begin with, in the order in which the tables name these. The metadata has the version, what the cache is
 like, the model's fingerprint, and the CRC-32 of all but the pages.
 """
 
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from .errors import ArgumentError, FormatError
 from .loaders.safetensors import read_safetensors
 
-FORMAT, VERSION = "llmcoopt key/value cache", 1
+FORMAT, VERSION = "llmcoopt key/value cache", 2
 SAMPLES, SAMPLE = 16, 256  # of each tensor in a fingerprint: so many pieces of so many bytes
 BAR = 1 << 30  # bytes of pages from which on a bar is shown
 
@@ -45,11 +46,18 @@ def describe(cache) -> dict:
         "page_size": cache.page_size,
         "page_bytes": cache.stats()["page_bytes"],
         "write_buffer": cache.write_buffer,
+        "residual_length": cache.residual_length,
+        "sink_length": cache.sink_length,
         "turn_keys": cache.turn_keys,
         "kv_scales": cache.kv_scales,
         "window": cache.attention_window,
         "sinks": cache.attention_sinks,
     }
+
+
+def _beginnings(tables) -> list[int]:
+    """Pages that sequences begin with, each once."""
+    return list(dict.fromkeys(int(table[0]) for table in tables if len(table) and table[0] >= 0))
 
 
 def save(cache, sequences, path) -> None:
@@ -62,6 +70,10 @@ def save(cache, sequences, path) -> None:
         small[f"ids.{i}"] = ("I32", image[3])
         small[f"table.{i}"] = ("I32", np.array([place[int(page)] for page in table], np.int32).tobytes())
         small[f"tail.{i}"] = ("U8", image[5])
+    beginnings = [bytearray(cache._first_bytes) for _ in _beginnings(tables)]
+    for page, buffer in zip(_beginnings(tables), beginnings, strict=True):
+        cache._core.first_out(page, buffer)
+    small["firsts"] = ("U8", b"".join(beginnings))
     about |= {"sequences": [image[:3] for image in images]}
     checks, rest = np.zeros(len(pages), np.uint32), json.dumps(about).encode() + b"".join(raw for _, raw in small.values())
     metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about), "crc32": f"{zlib.crc32(rest):08x}"}
@@ -102,12 +114,13 @@ class CacheFile:
         try:
             self.about = json.loads(metadata["about"])
             count, size = len(self.about["sequences"]), int(self.about["page_bytes"])
-            names = [f"{part}.{i}" for i in range(count) for part in ("ids", "table", "tail")]
+            names = [f"{part}.{i}" for i in range(count) for part in ("ids", "table", "tail")] + ["firsts"]
             raw = {name: np.frombuffer(tensors[name].data, np.uint8).tobytes() for name in names}
             rest = metadata["about"].encode() + b"".join(raw.values())
             self.pages = np.frombuffer(tensors["pages"].data, np.uint8).reshape(-1, size)
             self.checks = np.frombuffer(np.frombuffer(tensors["crc32"].data, np.uint8).tobytes(), np.uint32)
             self.images = [tuple(int(n) for n in s) for s in self.about["sequences"]]
+            self.firsts = raw["firsts"]
             self.parts = [tuple(raw[f"{part}.{i}"] for part in ("ids", "table", "tail")) for i in range(count)]
             whole = len(self.checks) == len(self.pages) and all(len(image) == 3 for image in self.images)
         except (KeyError, ValueError, TypeError) as error:
@@ -134,10 +147,16 @@ class CacheFile:
                 if zlib.crc32(page) != self.checks[i]:
                     raise FormatError(f"{self.path}: page {i} is damaged{self._whose(i)}: its checksum is not {self.checks[i]:08x}")
                 numbers.append(core.page_in(page))
-            for image, (ids, table, tail) in zip(self.images, self.parts, strict=True):
-                rows = np.frombuffer(table, np.int32)
+            tables = [np.frombuffer(table, np.int32) for _, table, _ in self.parts]
+            for rows in tables:
                 if len(rows) and not (rows.min() >= -1 and rows.max() < len(numbers)):
                     raise FormatError(f"{self.path}: a table names page {rows.max()} of {len(numbers)}")
+            beginnings, each = _beginnings(tables), cache._first_bytes
+            if len(self.firsts) != len(beginnings) * each:
+                raise FormatError(f"{self.path}: first tokens in {len(self.firsts)} bytes, expected {each} for each of {len(beginnings)} pages")
+            for i, row in enumerate(beginnings):
+                core.first_in(numbers[row], self.firsts[i * each : (i + 1) * each])
+            for image, rows, (ids, _, tail) in zip(self.images, tables, self.parts, strict=True):
                 table = np.array([numbers[row] if row >= 0 else -1 for row in rows], np.int32).tobytes()
                 made.append(core.restore(*image, ids, table, tail))
         except BaseException:

@@ -202,6 +202,8 @@ def cache_report(
     write_buffer: bool = True,
     turn_keys: bool = True,
     kv_scales: str = "block",
+    residual_length: int | None = None,
+    sink_length: int | None = None,
     progress: bool = True,
 ) -> KVCacheReport:
     """Measures what a cache of these element types does to keys, values and attention, layer by layer and head by head.
@@ -214,7 +216,7 @@ def cache_report(
         dtype: as in KVCache: a name, a list of a name for each layer, or a dict.
         tokenizer: for strings; None: the model's own.
         window: tokens that see each other; longer texts are cut. None: 2,048 or the model's context.
-        write_buffer, turn_keys, kv_scales: as in KVCache.
+        write_buffer, turn_keys, kv_scales, residual_length, sink_length: as in KVCache.
         progress: a bar on stderr.
 
     Raises ArgumentError, and NumericError when keys or values are NaN or infinite.
@@ -223,14 +225,15 @@ def cache_report(
     windows = text_windows(model, texts, tokenizer, window)
     config, context, sums = model.config, _core.OpContext(model.isa, model.threads), {}
     scales = checkpoint_scales(model, types, kv_scales)
-    with KVCache(model, list(types), max_tokens=1, write_buffer=write_buffer) as cache:
-        per_token = cache.stats()["bytes_per_token"]
+    buffer = {"write_buffer": write_buffer, "residual_length": residual_length, "sink_length": sink_length}
+    with KVCache(model, list(types), max_tokens=1, **buffer) as cache:
+        per_token, buffer = cache.stats()["bytes_per_token"], (cache.residual_length, cache.sink_length)
     row = 4 * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
     for ids in tqdm(windows, "cache report", unit="text", disable=not progress):
         at_once = max(1, ROOM // (row * len(ids)))
         for first in range(0, len(types), at_once):
             layers = {
-                i: _Layer(context, config, i, types[i], write_buffer, turn_keys, scales)
+                i: _Layer(context, config, i, types[i], buffer, turn_keys, scales)
                 for i in range(first, min(first + at_once, len(types)))
             }
             tap = Tap(["q", "k", "v"], lambda point, layer, rows, layers=layers: layers[layer].add(point, rows), layers)
@@ -245,8 +248,8 @@ def cache_report(
 class _Layer:
     """One layer's queries, keys and values of one text."""
 
-    def __init__(self, context, config, index, dtype, write_buffer, turn_keys, scales):
-        self.context, self.config, self.index, self.dtype, self.write_buffer = context, config, index, dtype, write_buffer
+    def __init__(self, context, config, index, dtype, buffer, turn_keys, scales):
+        self.context, self.config, self.index, self.dtype, self.buffer = context, config, index, dtype, buffer
         self.scales = scales[index] if scales is not None and dtype in SCALED else None
         self.turned = turn_keys and dtype in SCALED and scales is None
         self.parts = {"q": [], "k": [], "v": []}
@@ -260,7 +263,7 @@ class _Layer:
         if not all(np.isfinite(x).all() for x in (q, k, v)):
             raise NumericError(f"layer {self.index}: queries, keys or values are NaN or infinite")
         q, k, v = (x.reshape(len(x), -1, self.config.head_dim) for x in (q, k, v))
-        exact, coded = (_Pages(self.config, dtype, len(q), self.write_buffer) for dtype in ("float32", self.dtype))
+        exact, coded = (_Pages(self.config, dtype, len(q), *self.buffer) for dtype in ("float32", self.dtype))
         right, _ = exact.attend(self.context, q, k, v, self.index)
         found, k = coded.attend(self.context, q, k, v, self.index, turned=self.turned, scales=self.scales)
         groups = len(q), self.config.num_key_value_heads, -1
@@ -277,22 +280,24 @@ class _Layer:
 class _Pages:
     """The pages of one layer of one text, as csrc/base/formats.h lays them out."""
 
-    def __init__(self, config, dtype, tokens, write_buffer):
+    def __init__(self, config, dtype, tokens, residual, sinks):
         self.config, self.dtype = config, dtype
         heads, d = config.num_key_value_heads, config.head_dim
         self.n = -(-tokens // PAGE)
         self.codes = 2 * heads * PAGE * d * BYTES[dtype]
         self.scales = 2 * heads * (PAGE // BLOCK) * 4 if dtype in SCALED else 0
         self.data = np.zeros(self.n * (-(-(self.codes + self.scales) // 64) * 64), np.uint8)
-        self.tail = 2 * 2 * BLOCK * heads * d if write_buffer and dtype in SCALED else 0
+        self.residual, row = residual if dtype in SCALED else 0, 2 * 2 * heads * d
+        self.tail, self.firsts = self.residual * row, np.zeros((self.n, sinks * row), np.uint8)
 
     def attend(self, context, q, k, v, layer, **how):
         """Writes k and v [tokens, kv heads, head_dim]. Returns float32 attention of q over them, [tokens, heads, head_dim], and the keys as they were
         written but for rounding: turned ones stay turned, relative errors are the same."""
         n, c, d = len(q), self.config, self.config.head_dim
-        tails = [np.zeros(size * self.tail, np.uint8) for size in (1, 1, -(-n // BLOCK)) if self.tail]
+        tails = [np.zeros(size * self.tail, np.uint8) for size in (1, 1, -(-n // self.residual))] if self.tail else []
         items = [(np.arange(self.n, dtype=np.int32), 0, n, 0, True, *tails)]
         where = {"cache": self.data, "dtype": self.dtype, "page_size": PAGE, "n_layers": 1, "layer": 0, "items": items}
+        where |= {"buffer": (self.residual, self.firsts)} if tails else {}
         still, out = (np.ones((n, d // 2), np.float32), np.zeros((n, d // 2), np.float32)), np.empty_like(q)
         q, k = q.copy(), k.copy()
         context.rope_append(q, k, v, *still, **where, **how)  # they are rotated already

@@ -114,12 +114,13 @@ def attention(q, k, v, pos, scale, window=0, sinks=0):
     return out, EPS * (1 + worst) * np.einsum("hmt,thd->mhd", p, np.abs(v))
 
 
-def attention_buffered(q, coded, own, pos, scale, window=0, sinks=0):
-    """attention() where a row reads the block of 16 of its own position from `own` (k, v), all earlier positions from `coded` (k, v)."""
+def attention_buffered(q, coded, own, pos, scale, window=0, sinks=0, residual=BLOCK, n_first=0):
+    """attention() where a row reads the stretch of `residual` positions that it is in, and the first n_first, from `own` (k, v), all others from
+    `coded` (k, v)."""
     parts, end = [], pos + len(q)
-    for begin in range(pos // BLOCK * BLOCK, end, BLOCK):
-        first, stop = max(begin, pos), min(begin + BLOCK, end)
-        k, v = (np.concatenate([a[:begin], b[begin:stop]]) for a, b in zip(coded, own, strict=True))
+    for begin in range(pos // residual * residual, end, residual):
+        first, stop, few = max(begin, pos), min(begin + residual, end), min(begin, n_first)
+        k, v = (np.concatenate([b[:few], a[few:begin], b[begin:stop]]) for a, b in zip(coded, own, strict=True))
         parts.append(attention(q[first - pos : stop - pos], k, v, first, scale, window, sinks))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
@@ -138,6 +139,11 @@ def turn(x, key):
         x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2).reshape(-1, d // n, n)
         h *= 2
     return x.reshape(-1, d)
+
+
+def widest(page_size):
+    """The longest stretch that a cache with such pages can have: what KVCache takes unless told otherwise."""
+    return max(n for n in range(BLOCK, 65, BLOCK) if page_size % n == 0)
 
 
 class Pages:
@@ -184,10 +190,16 @@ class Pages:
 class CodedPages(Pages):
     """Pages of one-byte codes and scales. Rows are given from position 0 on, for what a block's codes are depends on all of its rows."""
 
-    def __init__(self, n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype):
+    def __init__(self, n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype, residual=BLOCK, n_first=0):
         super().__init__(n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype)
-        self.made = n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype
-        self.tail_shape = n_layers, 2, n_kv_heads, BLOCK, head_dim
+        self.made = n_pages, n_layers, n_kv_heads, head_dim, page_size, dtype, residual, n_first
+        self.residual, self.n_first = residual, n_first
+        self.tail_shape = n_layers, 2, n_kv_heads, residual, head_dim
+        self.firsts = np.full((n_pages, n_layers, 2, n_kv_heads, n_first, head_dim), 0xFFFF, np.uint16)
+
+    @property
+    def where(self):
+        return super().where | {"buffer": (self.residual, self.firsts.reshape(len(self.firsts), -1).view(np.uint8))}
 
     def scales(self, number):
         """Scales of a page, [layer, k|v, kv_head, block], writable."""
@@ -198,7 +210,7 @@ class CodedPages(Pages):
         return CodedPages(*self.made)
 
     def new_tail(self, blocks=0):
-        """A poisoned tail, uint16 [layer, k|v, kv_head, 16, head_dim]; with `blocks`: of so many layers."""
+        """A poisoned tail, uint16 [layer, k|v, kv_head, residual, head_dim]; with `blocks`: of so many layers."""
         return np.full((blocks or self.n_layers, *self.tail_shape[1:]), 0xFFFF, np.uint16)
 
     def block(self, table, layer, which, position):
@@ -210,6 +222,7 @@ class CodedPages(Pages):
         """k, v [tokens, kv_heads, d]: every whole block as a cache with a write buffer quantises it. The rest is the tail's."""
         for which, rows in enumerate((k, v)):
             rows = decode(encode(rows, "bfloat16"), "bfloat16").transpose(1, 0, 2)
+            self.firsts[table[0], layer, which, :, : rows.shape[1]] = encode(rows[:, : self.n_first], "bfloat16")
             for begin in range(0, rows.shape[1] - BLOCK + 1, BLOCK):
                 values = rows[:, begin : begin + BLOCK]
                 codes, scales = self.block(table, layer, which, begin)

@@ -8,11 +8,18 @@
  *   Slices begin at multiples of 64 bytes. Page p of a pool begins at base + p * page_bytes. All offsets are 64-bit: LLaMA-13B passes 2^31 elements
  *   at 5,243 tokens. A layer of a page is one run, so that a page that is not in memory can be read layer by layer.
  *
- * One-byte codes mean code * scale, a scale for each block of 16 tokens, kv head, and K or V (base/codes.h). With a write-back buffer the block
- * that a sequence is filling has no codes yet: its 16-bit (bfloat16) values lie in the sequence's tail. There are two of them: rows that go past
- * the block leave the new unfinished block in the other one, so that a step that fails has not touched what was there.
+ * One-byte codes mean code * scale, a scale for each block of 16 tokens, kv head, and K or V (base/codes.h). With a write-back buffer the newest
+ * tokens are in 16 bit (bfloat16) too: those of the *stretch* that a sequence is filling, `residual` tokens that begin at a multiple of it. They lie
+ * in the sequence's tail; a block of 16 of them is quantised into the page as soon as it is full. A prompt that goes past the stretch leaves the new
+ * unfinished one in another tail, so that a step that fails has not touched what was there.
  *
- *   tail    for each buffered layer [k|v][kv_head][token % 16][head_dim], lco_tail_bytes() */
+ *   tail    for each buffered layer [k|v][kv_head][token % residual][head_dim], lco_tail_bytes()
+ *
+ * The first few tokens of a sequence, which most others attend to, stay in 16 bit for good, beside its first page and as long as that.
+ *
+ *   firsts  for each page that a text begins with, each buffered layer [k|v][kv_head][token < n_first][head_dim], lco_first_bytes()
+ *
+ * So a query at position p reads position t from 16 bit when t / residual = p / residual or t < n_first, else from codes. That depends on p alone. */
 #ifndef LCO_BASE_FORMATS_H
 #define LCO_BASE_FORMATS_H
 
@@ -33,6 +40,7 @@ static inline size_t lco_dtype_bytes(lco_dtype dtype) { return dtype == LCO_F32 
 static inline bool lco_dtype_scaled(lco_dtype dtype) { return dtype > LCO_BF16; }
 
 #define LCO_KV_BLOCK 16 /* tokens that share a scale */
+enum { LCO_KV_MOST_RESIDUAL = 64, LCO_KV_MOST_FIRST = LCO_KV_BLOCK };
 
 typedef struct lco_kv_view lco_kv_view;
 
@@ -56,7 +64,11 @@ struct lco_kv_view {
     int32_t n_kv_heads, head_dim;
     bool turned;               /* keys and queries are turned by base/hadamard.h */
     const float *fixed_scales; /* [k|v][kv_head] that all blocks have (base/codes.h); NULL: scales come from the data */
-    bool buffered;             /* the block being filled is in the tail, not in the page (scaled types only) */
+    bool buffered;             /* the newest tokens are in the tail (scaled types only) */
+    int32_t residual;          /* buffered: tokens of a stretch, a multiple of 16 that divides page_size, at most LCO_KV_MOST_RESIDUAL */
+    int32_t n_first;           /* buffered: tokens that stay in 16 bit, 0..LCO_KV_MOST_FIRST */
+    uint8_t *firsts;           /* of this layer beside page 0 */
+    size_t firsts_stride;      /* from page to page */
     const lco_kv_store *store; /* NULL: all pages are in memory */
     const uint16_t *bounds;    /* of this layer of page 0, see lco_kv_bounds(); NULL: not kept */
     size_t bounds_stride;      /* from page to page, elements */
@@ -134,15 +146,37 @@ static inline const float *lco_read_scales(const lco_kv_view *kv, const uint8_t 
     return (const float *)(const void *)(slice + lco_scales_offset(kv, key_or_value, kv_head));
 }
 
-/* Bytes of this layer of a tail, and where a head's 16 rows begin in it. */
-static inline size_t lco_tail_bytes(const lco_kv_view *kv)
+/* Bytes of `rows` tokens of this layer in 16 bit, and where a head's rows begin among them. */
+static inline size_t lco_rows_bytes(const lco_kv_view *kv, int64_t rows)
 {
-    return (size_t)2 * 2 * LCO_KV_BLOCK * (size_t)kv->n_kv_heads * (size_t)kv->head_dim;
+    return (size_t)2 * 2 * (size_t)rows * (size_t)kv->n_kv_heads * (size_t)kv->head_dim;
 }
+
+static inline uint16_t *lco_rows_at(const lco_kv_view *kv, void *layer_rows, int64_t rows, int64_t key_or_value, int64_t kv_head)
+{
+    return (uint16_t *)layer_rows + (size_t)(key_or_value * kv->n_kv_heads + kv_head) * (size_t)(rows * kv->head_dim);
+}
+
+/* This layer of a tail. */
+static inline size_t lco_tail_bytes(const lco_kv_view *kv) { return lco_rows_bytes(kv, kv->residual); }
 
 static inline uint16_t *lco_tail_rows(const lco_kv_view *kv, void *layer_tail, int64_t key_or_value, int64_t kv_head)
 {
-    return (uint16_t *)layer_tail + (size_t)(key_or_value * kv->n_kv_heads + kv_head) * LCO_KV_BLOCK * (size_t)kv->head_dim;
+    return lco_rows_at(kv, layer_tail, kv->residual, key_or_value, kv_head);
+}
+
+/* This layer of what lies beside a page that a text begins with. */
+static inline size_t lco_first_bytes(const lco_kv_view *kv) { return lco_rows_bytes(kv, kv->n_first); }
+
+static inline uint16_t *lco_first_rows(const lco_kv_view *kv, int64_t page, int64_t key_or_value, int64_t kv_head)
+{
+    return lco_rows_at(kv, kv->firsts + (size_t)page * kv->firsts_stride, kv->n_first, key_or_value, kv_head);
+}
+
+/* Positions before this are read as codes by a query at `position`, but for the first few; the rest from the stretch in 16 bit. */
+static inline int64_t lco_coded_end(const lco_kv_view *kv, int64_t position)
+{
+    return kv->buffered ? position / kv->residual * kv->residual : position + 1;
 }
 
 _Static_assert(sizeof(float) == 4 && sizeof(size_t) == 8, "the layouts assume 4-byte floats and a 64-bit machine");

@@ -12,9 +12,12 @@ struct lco_kv {
     lco_kv_view *views;            /* [n_layers] */
     float *fixed_scales;           /* the views' */
     size_t page_bytes, tail_bytes; /* tail: of a sequence, all buffered layers; 0 without a write buffer */
+    size_t first_bytes;            /* beside a page that a text begins with, all buffered layers */
     bool scaled;                   /* some layer has one-byte codes */
     int64_t n_pages;
     uint8_t *base;       /* address space for all pages */
+    uint8_t *firsts;     /* and for what lies beside them; NULL: nothing does */
+    bool *begins;        /* [n_pages] a text begins with it */
     int32_t *refs;       /* [n_pages] table entries that name the page */
     int64_t n_touched;   /* pages from here on were never handed out: free, and without entries in the two lists below */
     int32_t *free_stack; /* [n_pages] of the others the free ones, the next one to hand out last */
@@ -43,9 +46,8 @@ struct lco_seq {
     int64_t published; /* leading pages that the prefix index was told of */
     int32_t *ids;      /* of the tokens held, -1: not told; room for id_capacity */
     int64_t id_capacity;
-    uint8_t *tails; /* two; NULL: none yet */
-    int tail;       /* which of them is current */
-    uint8_t *held;  /* lco_seq_hold: the tail at held_length; meaningless when that is 0 */
+    uint8_t *tail, *next_tail; /* NULL: none yet */
+    uint8_t *held;             /* lco_seq_hold: the tail at held_length; meaningless when that is 0 */
     int64_t held_length;
     int64_t anchor;    /* lco_seq_hold: a length that truncate can come back to, 0: none in particular */
     int64_t unseen;    /* pages before this index have left the window: released, but for those that a row at `anchor` sees */
@@ -53,9 +55,18 @@ struct lco_seq {
     lco_seq *previous, *next;
 };
 
+/* Tokens of the stretch being filled at a length, which lie in a tail; 0 when nothing does. */
+static inline int64_t lco_tail_tokens(const lco_kv *kv, int64_t length) { return kv->tail_bytes > 0 ? length % kv->options.residual : 0; }
+
 /* table.c: room in the table and the ids, and the tails. */
 lco_status lco_seq_need_tail(lco_seq *seq, lco_error *err);
 lco_status lco_seq_room(lco_seq *seq, int64_t pages, int64_t tokens, lco_error *err);
+
+/* firsts.c */
+lco_status lco_firsts_create(lco_kv *kv, lco_error *err); /* nothing when all layers keep none */
+void lco_firsts_destroy(lco_kv *kv);
+void lco_firsts_release(lco_kv *kv, int32_t page);             /* the page is free: its memory goes back */
+void lco_firsts_copy(lco_kv *kv, int32_t to, int32_t from); /* when `from` begins a text, so does `to` */
 
 /* page.c */
 int64_t lco_page_free_count(const lco_kv *kv);
@@ -63,6 +74,7 @@ lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err); /* count be
 void lco_page_share(lco_kv *kv, int32_t page);
 void lco_page_release(lco_kv *kv, int32_t page);
 void lco_page_unmap(lco_kv *kv, int32_t page); /* gives its memory back to the system */
+void lco_kv_unmap(const lco_kv *kv, uint8_t *from, size_t bytes);
 
 /* bounds.c */
 lco_status lco_bounds_create(lco_kv *kv, lco_error *err); /* nothing without a page_tolerance */

@@ -6,8 +6,9 @@
  *    window only (lco_kv_sight), entries whose page no row to come can see are holes: LCO_NO_PAGE, their pages were released.
  * 3. Slots [length, ...) of a sequence's last page may hold anything; no reader goes past the length.
  * 4. A page with count > 1 is never written: lco_seq_reserve copies it first (copy-on-write).
- * 5. Of a sequence of n tokens in a cache with a write-back buffer, the tokens from n / 16 * 16 on lie in its tail in 16 bit, all others as codes
- *    in pages. Readers take the block of the query's own position from the tail, all earlier ones from codes, whatever was cached when.
+ * 5. Of a sequence of n tokens in a cache with a write-back buffer, the tokens from n / residual * residual on lie in its tail in 16 bit, the
+ *    first n_first beside its first page, and all full blocks of 16 as codes in pages. Which of these a reader takes depends on the query's
+ *    position alone (base/formats.h), whatever was cached when.
  * 6. With a spill file a page is blank (nothing was ever to be written), hot (in memory) or away (in the file), at most host_bytes of them hot.
  *    Rows go to hot pages: lco_seq_open makes them so. All else is read where it lies, and results don't depend on where that is.
  * 7. A page in the prefix index is full, and so is the page it follows, which is in the index too; the index counts as one that names it.
@@ -36,7 +37,9 @@ typedef struct {
     const float *fixed_scales;     /* [n_layers][k|v][n_kv_heads], copied; of fp8_e4m3 layers (base/codes.h). NULL: scales from the data */
     int32_t page_size;
     bool turn_keys;     /* one-byte codes: keys and queries are turned before (base/hadamard.h) */
-    bool write_buffer;  /* one-byte codes: keep the block being filled in 16 bit and quantise it once */
+    bool write_buffer;  /* one-byte codes: the newest tokens are kept in 16 bit, and quantised once, a block of 16 at a time */
+    int32_t residual;   /* with a write buffer: tokens of a stretch (base/formats.h); 0: as many as can be, LCO_KV_MOST_RESIDUAL at most */
+    int32_t n_first;    /* with a write buffer: the first tokens of a text that stay in 16 bit, 0 to LCO_KV_MOST_FIRST */
     int64_t max_tokens; /* over all sequences; rounded up to whole pages */
     /* The most memory for pages, 0: no bound. With spill_path, a folder or the name of a file to make, pages beyond it lie in that file;
      * without, max_tokens becomes what fits. */
@@ -56,7 +59,7 @@ typedef struct {
 typedef struct {
     int64_t pages_total, pages_free, pages_shared, sequences, tokens_held;
     int64_t page_bytes, reserved_bytes, resident_bytes; /* address space; memory in use now, as the OS counts it */
-    int64_t bytes_per_token, tail_bytes;                /* of all sequences, beside the pages */
+    int64_t bytes_per_token, tail_bytes, first_bytes;   /* beside the pages: of all sequences, of all pages that a text begins with */
     /* With a spill file: pages in it and not in memory; pages written to it and read back whole; slices that attention read, and their bytes;
      * reads announced to the system, and those that came. */
     int64_t pages_away, pages_spilled, pages_restored, slices_fetched, bytes_fetched, prefetches_issued, prefetches_used;
@@ -96,15 +99,15 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err);
 int64_t lco_seq_length(const lco_seq *seq);
 const int32_t *lco_seq_ids(const lco_seq *seq); /* of the tokens held; -1 where lco_seq_commit was not told */
 const int32_t *lco_seq_table(const lco_seq *seq);
-uint8_t *lco_seq_tail(const lco_seq *seq);      /* of the block being filled; NULL before the first reserve and without a write buffer */
-uint8_t *lco_seq_next_tail(const lco_seq *seq); /* where rows of a later unfinished block go; lco_seq_commit makes it the tail */
+uint8_t *lco_seq_tail(const lco_seq *seq);      /* of the stretch being filled; NULL before the first reserve and without a write buffer */
+uint8_t *lco_seq_next_tail(const lco_seq *seq); /* where rows of a later unfinished one go, since lco_seq_open; lco_seq_commit makes it the tail */
 lco_kv *lco_seq_cache(const lco_seq *seq);
 
 /* Makes room for n more tokens, all or nothing: new pages at the end, a copy of the last page when it is shared, and the tail.
  * LCO_EPAGES says how many pages were needed, how many are free, and the option to raise. */
 lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err);
-/* Before a step in which n of the reserved tokens are written: makes their pages ready. LCO_EPAGES when memory for pages is full of this step's;
- * LCO_EIO. */
+/* Before a step in which n of the reserved tokens are written: makes their pages ready, and the next tail. LCO_EPAGES when memory for pages is full
+ * of this step's; LCO_EIO, LCO_ENOMEM. */
 lco_status lco_seq_open(lco_seq *seq, int64_t n, lco_error *err);
 /* n reserved tokens were written: the length grows, pages that left the window go. Their ids may be NULL: not known. `prompt`: they were prompt
  * rows. */
@@ -113,11 +116,11 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt);
 void lco_seq_publish(lco_seq *seq);
 /* An empty sequence takes over the pages whose tokens are the beginning of ids[n], but leaves at least one to compute. `matched`: their tokens. */
 lco_status lco_seq_adopt(lco_seq *seq, const int32_t *ids, int64_t n, int64_t *matched, lco_error *err);
-/* Before `n` tokens come: remembers the block being filled unless they stay in it, so that truncating to this length again, or to less in this
- * block, is exact whatever is appended meanwhile. Pages that a row at this length sees are kept for it, whatever the window.
+/* Before `n` tokens come: remembers the stretch being filled unless they stay in it, so that truncating to this length again, or to less in this
+ * stretch, is exact whatever is appended meanwhile. Pages that a row at this length sees are kept for it, whatever the window.
  * One place is remembered, the last. */
 lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err);
-/* Keeps [0, length), returns pages past it. A block that was quantised already and is filled again later comes back to the tail as its codes say.
+/* Keeps [0, length), returns pages past it. A stretch that was full already and is filled again later comes back to the tail as its codes say.
  * LCO_EINVAL when a page that the next row would see has left the window; a page_size back from its longest it never has. */
 lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err);
 
@@ -141,6 +144,10 @@ lco_status lco_seq_from_image(lco_kv *kv, const lco_seq_image *image, lco_seq **
 /* A page's bytes, wherever it lies; a page with these bytes, held by the caller until lco_kv_page_drop(). */
 lco_status lco_kv_page_out(lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err);
 lco_status lco_kv_page_in(lco_kv *kv, const uint8_t *bytes, int32_t *page, lco_error *err);
+/* What lies beside a page that a text begins with, lco_kv_first_bytes(), 0: nothing does. Of pages given in, before a sequence takes them. */
+size_t lco_kv_first_bytes(const lco_kv *kv);
+lco_status lco_kv_first_out(const lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err);
+lco_status lco_kv_first_in(lco_kv *kv, int32_t page, const uint8_t *bytes, lco_error *err);
 lco_status lco_kv_page_drop(lco_kv *kv, int32_t page, lco_error *err);
 
 #endif

@@ -31,6 +31,26 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
     return LCO_OK;
 }
 
+/* The tokens of a stretch, in options that are the cache's own. */
+static lco_status check_buffer(lco_kv_options *o, lco_error *err)
+{
+    if (!o->write_buffer) {
+        o->residual = 0;
+        return o->n_first == 0 ? LCO_OK
+                               : lco_fail(err, LCO_EINVAL, "sink_length = %d without a write_buffer, expected 0", o->n_first);
+    }
+    for (int32_t n = LCO_KV_MOST_RESIDUAL; o->residual == 0; n -= LCO_KV_BLOCK)
+        if (o->page_size % n == 0)
+            o->residual = n;
+    if (o->residual < LCO_KV_BLOCK || o->residual > LCO_KV_MOST_RESIDUAL || o->residual % LCO_KV_BLOCK != 0 ||
+        o->page_size % o->residual != 0)
+        return lco_fail(err, LCO_EINVAL, "residual_length = %d, expected a multiple of %d to %d that divides page_size = %d", o->residual,
+                        LCO_KV_BLOCK, LCO_KV_MOST_RESIDUAL, o->page_size);
+    if (o->n_first < 0 || o->n_first > LCO_KV_MOST_FIRST)
+        return lco_fail(err, LCO_EINVAL, "sink_length = %d, expected 0 to %d", o->n_first, LCO_KV_MOST_FIRST);
+    return LCO_OK;
+}
+
 /* The views of all layers, without their base yet, and the bytes of a page and of a tail. */
 static lco_status lay_out(lco_kv *kv, lco_error *err)
 {
@@ -50,6 +70,8 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
             view->fixed_scales = kv->fixed_scales + (size_t)i * heads;
         view->turned = o->turn_keys && lco_dtype_scaled(view->dtype) && view->fixed_scales == NULL; /* those are of keys as they are */
         view->buffered = o->write_buffer && lco_dtype_scaled(view->dtype);
+        view->residual = view->buffered ? o->residual : 0;
+        view->n_first = view->buffered ? o->n_first : 0;
         view->slice_offset = kv->page_bytes;
         view->tail_offset = kv->tail_bytes;
         kv->scaled = kv->scaled || lco_dtype_scaled(view->dtype);
@@ -62,7 +84,7 @@ static lco_status lay_out(lco_kv *kv, lco_error *err)
             kv->block_bytes += LCO_KV_BLOCK * token + (size_t)2 * (size_t)view->n_kv_heads * sizeof(float);
         else
             kv->token_bytes += token;
-        kv->tail_bytes += view->buffered ? lco_tail_bytes(view) : 0;
+        kv->tail_bytes += lco_tail_bytes(view);
     }
     if (o->write_buffer && !kv->scaled)
         return lco_fail(err, LCO_EINVAL, "a write buffer is for one-byte codes: 16-bit and float32 caches are written once as it is");
@@ -77,9 +99,11 @@ static void release(lco_kv *kv)
     lco_prefix_destroy(kv);
     lco_tier_destroy(kv);
     lco_bounds_destroy(kv);
+    lco_firsts_destroy(kv);
     if (kv->base != NULL)
         munmap(kv->base, kv->page_bytes * (size_t)kv->n_pages);
     lco_free(kv->free_stack);
+    lco_free(kv->begins);
     lco_free(kv->refs);
     lco_free(kv->fixed_scales);
     lco_free(kv->views);
@@ -96,7 +120,7 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
     if (kv == NULL)
         return lco_fail(err, LCO_ENOMEM, "out of memory for a cache");
     kv->options = *options;
-    if ((status = lay_out(kv, err)) != LCO_OK)
+    if ((status = check_buffer(&kv->options, err)) != LCO_OK || (status = lay_out(kv, err)) != LCO_OK)
         goto fail;
     const size_t bytes = kv->page_bytes;
     size_t total;
@@ -119,7 +143,8 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
     kv->system_page = (size_t)sysconf(_SC_PAGESIZE);
     kv->refs = lco_alloc((size_t)n_pages * sizeof *kv->refs); /* not touched before its page is */
     kv->free_stack = lco_alloc((size_t)n_pages * sizeof *kv->free_stack);
-    if (kv->refs == NULL || kv->free_stack == NULL) {
+    kv->begins = lco_alloc((size_t)n_pages * sizeof *kv->begins);
+    if (kv->refs == NULL || kv->free_stack == NULL || kv->begins == NULL) {
         status = lco_fail(err, LCO_ENOMEM, "out of memory for the page list of max_tokens = %lld", (long long)options->max_tokens);
         goto fail;
     }
@@ -134,7 +159,7 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
         kv->views[i].base = kv->base + kv->views[i].slice_offset;
         kv->views[i].page_bytes = bytes;
     }
-    if ((status = lco_tier_create(kv, err)) != LCO_OK || (status = lco_prefix_create(kv, err)) != LCO_OK ||
+    if ((status = lco_firsts_create(kv, err)) != LCO_OK || (status = lco_tier_create(kv, err)) != LCO_OK || (status = lco_prefix_create(kv, err)) != LCO_OK ||
         (status = lco_bounds_create(kv, err)) != LCO_OK)
         goto fail;
     kv->options.spill_path = NULL;
@@ -173,6 +198,7 @@ lco_status lco_page_take(lco_kv *kv, int32_t *page, lco_error *err)
         *page = (int32_t)kv->n_touched++;
     }
     kv->refs[*page] = 1;
+    kv->begins[*page] = false;
     return LCO_OK;
 }
 
@@ -183,14 +209,14 @@ void lco_page_share(lco_kv *kv, int32_t page)
 }
 
 /* Whole system pages inside it. */
-void lco_page_unmap(lco_kv *kv, int32_t page)
+void lco_kv_unmap(const lco_kv *kv, uint8_t *from, size_t bytes)
 {
-    uintptr_t mask = kv->system_page - 1;
-    uintptr_t begin = ((uintptr_t)kv->base + (size_t)page * kv->page_bytes + mask) & ~mask;
-    uintptr_t end = ((uintptr_t)kv->base + ((size_t)page + 1) * kv->page_bytes) & ~mask;
+    const uintptr_t mask = kv->system_page - 1, begin = ((uintptr_t)from + mask) & ~mask, end = ((uintptr_t)from + bytes) & ~mask;
     if (end > begin)
         madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
+
+void lco_page_unmap(lco_kv *kv, int32_t page) { lco_kv_unmap(kv, kv->base + (size_t)page * kv->page_bytes, kv->page_bytes); }
 
 void lco_page_release(lco_kv *kv, int32_t page)
 {
@@ -200,6 +226,7 @@ void lco_page_release(lco_kv *kv, int32_t page)
         return;
     }
     lco_page_unmap(kv, page);
+    lco_firsts_release(kv, page);
     lco_tier_forget(kv, page);
     kv->free_stack[kv->n_stacked++] = page;
 }
@@ -261,12 +288,14 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
         s.prefetches_issued = kv->tier->issued;
         s.prefetches_used = kv->tier->used;
     }
-    for (int64_t i = 0; i < kv->n_touched; i++)
+    for (int64_t i = 0; i < kv->n_touched; i++) {
         s.pages_shared += kv->refs[i] - lco_prefix_knows(kv, i) > 1;
+        s.first_bytes += kv->refs[i] > 0 && kv->begins[i] ? (int64_t)kv->first_bytes : 0;
+    }
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
         s.sequences++;
         s.tokens_held += seq->length;
-        s.tail_bytes += seq->tails != NULL ? 2 * (int64_t)kv->tail_bytes : 0;
+        s.tail_bytes += ((seq->tail != NULL) + (seq->next_tail != NULL)) * (int64_t)kv->tail_bytes;
     }
     return s;
 }

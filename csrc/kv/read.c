@@ -23,8 +23,10 @@ static void read_row(const lco_seq *seq, const lco_kv_view *kv, int64_t position
         return;
     }
     float scale = 1;
-    if (kv->buffered && position / LCO_KV_BLOCK == seq->length / LCO_KV_BLOCK) {
-        codes = (const uint8_t *)(lco_tail_rows(kv, lco_seq_tail(seq) + kv->tail_offset, which, head) + position % LCO_KV_BLOCK * d);
+    const int64_t own = position - lco_coded_end(kv, seq->length);
+    if (kv->buffered && (own >= 0 || position < kv->n_first)) {
+        codes = (const uint8_t *)(own >= 0 ? lco_tail_rows(kv, lco_seq_tail(seq) + kv->tail_offset, which, head) + own * d
+                                           : lco_first_rows(kv, seq->table[0], which, head) + position * d);
         dtype = LCO_BF16;
     } else {
         const uint8_t *slice = lco_kv_read(kv, 0, seq->table[position / kv->page_size], -1, 0, kv->n_kv_heads);

@@ -31,6 +31,31 @@ lco_status lco_kv_page_in(lco_kv *kv, const uint8_t *bytes, int32_t *page, lco_e
     return status;
 }
 
+size_t lco_kv_first_bytes(const lco_kv *kv) { return kv->first_bytes; }
+
+lco_status lco_kv_first_out(const lco_kv *kv, int32_t page, uint8_t *bytes, lco_error *err)
+{
+    lco_status status = check_held(kv, page, err);
+    if (status == LCO_OK && !kv->begins[page])
+        status = lco_fail(err, LCO_EINVAL, "page %d, expected one that a text begins with", page);
+    if (status == LCO_OK && kv->first_bytes > 0)
+        memcpy(bytes, kv->firsts + (size_t)page * kv->first_bytes, kv->first_bytes);
+    return status;
+}
+
+lco_status lco_kv_first_in(lco_kv *kv, int32_t page, const uint8_t *bytes, lco_error *err)
+{
+    lco_status status = check_held(kv, page, err);
+    if (status != LCO_OK)
+        return status;
+    kv->begins[page] = true;
+    if (kv->first_bytes > 0) {
+        memcpy(kv->firsts + (size_t)page * kv->first_bytes, bytes, kv->first_bytes);
+        lco_bounds_page(kv, page);
+    }
+    return LCO_OK;
+}
+
 lco_status lco_kv_page_drop(lco_kv *kv, int32_t page, lco_error *err)
 {
     lco_status status = check_held(kv, page, err);
@@ -48,8 +73,8 @@ lco_seq_image lco_seq_get_image(const lco_seq *seq)
                            .n_pages = pages,
                            .ids = seq->ids,
                            .table = seq->table,
-                           .tail = lco_seq_tail(seq),
-                           .tail_bytes = seq->tails != NULL ? seq->kv->tail_bytes : 0};
+                           .tail = seq->tail,
+                           .tail_bytes = lco_tail_tokens(seq->kv, seq->length) > 0 ? seq->kv->tail_bytes : 0};
 }
 
 static lco_status check_image(const lco_kv *kv, const lco_seq_image *image, lco_error *err)
@@ -60,14 +85,17 @@ static lco_status check_image(const lco_kv *kv, const lco_seq_image *image, lco_
         return lco_fail(err, LCO_EFORMAT,
                         "a sequence of %lld tokens in %lld pages of %lld, of which %lld tokens are exact and %lld pages unseen",
                         (long long)image->length, (long long)n, (long long)page_size, (long long)image->exact, (long long)image->unseen);
-    const bool tail = kv->tail_bytes > 0 && image->length % LCO_KV_BLOCK != 0;
-    if (image->tail_bytes != 0 ? image->tail_bytes != kv->tail_bytes : tail)
-        return lco_fail(err, LCO_EFORMAT, "a write buffer of %zu bytes, expected %zu", image->tail_bytes, kv->tail_bytes);
+    const size_t tail = lco_tail_tokens(kv, image->length) > 0 ? kv->tail_bytes : 0;
+    if (image->tail_bytes != tail)
+        return lco_fail(err, LCO_EFORMAT, "a write buffer of %zu bytes, expected %zu", image->tail_bytes, tail);
     for (int64_t i = 0; i < n; i++) {
         const int32_t page = image->table[i];
         const bool hole = page == LCO_NO_PAGE && i < image->unseen && !lco_kv_sees_page(kv, image->length, i);
         if (!hole && (page < 0 || page >= kv->n_touched || kv->refs[page] == 0))
             return lco_fail(err, LCO_EFORMAT, "page %lld of a sequence is number %d, which is none", (long long)i, page);
+        if (!hole && kv->begins[page] != (i == 0))
+            return lco_fail(err, LCO_EFORMAT, "page %lld of a sequence is number %d, which %s", (long long)i, page,
+                            i == 0 ? "no text begins with" : "a text begins with");
     }
     return LCO_OK;
 }

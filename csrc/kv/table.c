@@ -42,7 +42,8 @@ void lco_seq_destroy(lco_seq *seq)
         seq->next->previous = seq->previous;
     lco_free(seq->ids);
     lco_free(seq->held);
-    lco_free(seq->tails);
+    lco_free(seq->next_tail);
+    lco_free(seq->tail);
     lco_free(seq->table);
     lco_free(seq);
 }
@@ -79,14 +80,32 @@ static lco_status grow_ids(lco_seq *seq, int64_t n, lco_error *err)
     return LCO_OK;
 }
 
-lco_status lco_seq_need_tail(lco_seq *seq, lco_error *err)
+static lco_status need_rows(uint8_t **rows, size_t bytes, lco_error *err)
 {
-    const size_t bytes = seq->kv->tail_bytes;
-    if (bytes == 0 || seq->tails != NULL)
+    if (bytes == 0 || *rows != NULL || (*rows = lco_calloc(1, bytes)) != NULL) /* zeros: files get it whole */
         return LCO_OK;
-    seq->tails = lco_alloc(2 * bytes);
-    return seq->tails != NULL ? LCO_OK
-                              : lco_fail(err, LCO_ENOMEM, "out of memory for the write buffer of a sequence (%zu bytes)", 2 * bytes);
+    return lco_fail(err, LCO_ENOMEM, "out of memory for the write buffer of a sequence (%zu bytes)", bytes);
+}
+
+lco_status lco_seq_need_tail(lco_seq *seq, lco_error *err) { return need_rows(&seq->tail, seq->kv->tail_bytes, err); }
+
+/* Whether n more tokens end in a later stretch than the one begun at `length`. */
+static bool leaves_stretch(const lco_kv *kv, int64_t length, int64_t n)
+{
+    return kv->tail_bytes > 0 && length / kv->options.residual < (length + n) / kv->options.residual;
+}
+
+/* The first `tokens` of a tail. */
+static void copy_tail(const lco_kv *kv, uint8_t *to, uint8_t *from, int64_t tokens)
+{
+    for (int32_t i = 0; i < kv->options.n_layers && tokens > 0; i++) {
+        const lco_kv_view *view = &kv->views[i];
+        for (int64_t j = 0; view->buffered && j < (int64_t)2 * view->n_kv_heads; j++) {
+            const int64_t which = j / view->n_kv_heads, head = j % view->n_kv_heads;
+            memcpy(lco_tail_rows(view, to + view->tail_offset, which, head), lco_tail_rows(view, from + view->tail_offset, which, head),
+                   (size_t)(tokens * view->head_dim) * sizeof(uint16_t));
+        }
+    }
 }
 
 lco_status lco_seq_room(lco_seq *seq, int64_t pages, int64_t tokens, lco_error *err)
@@ -110,7 +129,7 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
         return status;
     int64_t n = pages_for(seq, seq->length); /* reserved pages past the length are not shared */
     status = lco_seq_room(copy, n, seq->length, err);
-    if (status == LCO_OK && seq->tails != NULL)
+    if (status == LCO_OK && lco_tail_tokens(seq->kv, seq->length) > 0)
         status = lco_seq_need_tail(copy, err);
     if (status != LCO_OK) {
         lco_seq_destroy(copy);
@@ -122,8 +141,7 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err)
         if (copy->table[copy->n_pages] != LCO_NO_PAGE)
             lco_page_share(seq->kv, copy->table[copy->n_pages]);
     }
-    if (seq->tails != NULL)
-        memcpy(lco_seq_tail(copy), lco_seq_tail(seq), seq->kv->tail_bytes);
+    copy_tail(seq->kv, copy->tail, seq->tail, lco_tail_tokens(seq->kv, seq->length));
     if (seq->length > 0)
         memcpy(copy->ids, seq->ids, (size_t)seq->length * sizeof *seq->ids);
     copy->length = seq->length;
@@ -141,14 +159,10 @@ const int32_t *lco_seq_ids(const lco_seq *seq) { return seq->ids; }
 
 const int32_t *lco_seq_table(const lco_seq *seq) { return seq->table; }
 
-static uint8_t *tail_at(const lco_seq *seq, int which)
-{
-    return seq->tails != NULL ? seq->tails + (size_t)which * seq->kv->tail_bytes : NULL;
-}
+uint8_t *lco_seq_tail(const lco_seq *seq) { return seq->tail; }
 
-uint8_t *lco_seq_tail(const lco_seq *seq) { return tail_at(seq, seq->tail); }
-
-uint8_t *lco_seq_next_tail(const lco_seq *seq) { return tail_at(seq, 1 - seq->tail); }
+/* A step that begins with a stretch may end in the same tail: there is nothing in it yet. */
+uint8_t *lco_seq_next_tail(const lco_seq *seq) { return seq->next_tail != NULL ? seq->next_tail : seq->tail; }
 
 lco_kv *lco_seq_cache(const lco_seq *seq) { return seq->kv; }
 
@@ -165,6 +179,7 @@ static lco_status own_page(lco_seq *seq, int64_t index, lco_error *err)
         lco_page_release(kv, page);
         return status;
     }
+    lco_firsts_copy(kv, page, seq->table[index]);
     lco_page_release(kv, seq->table[index]);
     seq->table[index] = page;
     kv->pages_copied++;
@@ -195,8 +210,10 @@ lco_status lco_seq_reserve(lco_seq *seq, int64_t n, lco_error *err)
         return status;
     if (copy && (status = own_page(seq, open, err)) != LCO_OK)
         return status;
-    for (; seq->n_pages < want; seq->n_pages++)
+    for (; seq->n_pages < want; seq->n_pages++) {
         lco_page_take(kv, &seq->table[seq->n_pages], NULL);
+        kv->begins[seq->table[seq->n_pages]] = seq->n_pages == 0;
+    }
     return LCO_OK;
 }
 
@@ -205,6 +222,11 @@ lco_status lco_seq_open(lco_seq *seq, int64_t n, lco_error *err)
     lco_kv *kv = seq->kv;
     const int64_t page_size = kv->options.page_size;
     assert(n >= 0 && seq->length + n <= seq->n_pages * page_size);
+    if (lco_tail_tokens(kv, seq->length) > 0 && lco_tail_tokens(kv, seq->length + n) > 0 && leaves_stretch(kv, seq->length, n)) {
+        const lco_status status = need_rows(&seq->next_tail, kv->tail_bytes, err);
+        if (status != LCO_OK)
+            return status;
+    }
     if (kv->tier == NULL || n == 0)
         return LCO_OK;
     seq->last_used = kv->tier->step;
@@ -224,8 +246,11 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt)
     const int64_t blocks = (seq->length + n) / LCO_KV_BLOCK - seq->length / LCO_KV_BLOCK;
     if (seq->kv->scaled)
         seq->kv->blocks_quantised += blocks;
-    if (blocks > 0)
-        seq->tail = 1 - seq->tail;
+    if (seq->next_tail != NULL && leaves_stretch(seq->kv, seq->length, n)) {
+        lco_free(seq->tail);
+        seq->tail = seq->next_tail;
+        seq->next_tail = NULL;
+    }
     for (int64_t i = 0; i < n; i++)
         seq->ids[seq->length + i] = ids != NULL ? ids[i] : -1;
     const int64_t page_size = seq->kv->options.page_size, full = seq->length / page_size;
@@ -243,26 +268,30 @@ void lco_seq_commit(lco_seq *seq, const int32_t *ids, int64_t n, bool prompt)
     lco_seq_release_unseen(seq);
 }
 
-/* Rows [0, n) of block `block` of a layer come back from codes to the tail. */
-static void reload_layer(lco_seq *seq, const lco_kv_view *kv, int64_t block, int64_t n)
+/* Positions [begin, end) of a stretch of a layer come back to the tail, from codes but for the first few of the text. */
+static void reload_layer(lco_seq *seq, const lco_kv_view *kv, int64_t begin, int64_t end)
 {
-    const int64_t page = seq->table[block * LCO_KV_BLOCK / kv->page_size], in_page = block % (kv->page_size / LCO_KV_BLOCK);
-    const int64_t d = kv->head_dim;
+    const int64_t page = seq->table[begin / kv->page_size], d = kv->head_dim;
     for (int64_t i = 0; i < (int64_t)2 * kv->n_kv_heads; i++) {
         const int64_t which = i / kv->n_kv_heads, head = i % kv->n_kv_heads;
-        const uint8_t *codes = lco_kv_codes(kv, page, which, head) + in_page * LCO_KV_BLOCK * d;
-        const float scale = lco_kv_scales(kv, page, which, head)[in_page];
-        uint16_t *rows = lco_tail_rows(kv, lco_seq_tail(seq) + kv->tail_offset, which, head);
-        for (int64_t j = 0; j < n * d; j++)
-            rows[j] = lco_f32_to_bf16(lco_decode(codes[j], kv->dtype) * scale);
+        const uint8_t *codes = lco_kv_codes(kv, page, which, head);
+        const float *scales = lco_kv_scales(kv, page, which, head);
+        uint16_t *rows = lco_tail_rows(kv, seq->tail + kv->tail_offset, which, head);
+        for (int64_t t = begin; t < end; t++) {
+            const int64_t slot = t % kv->page_size;
+            if (t < kv->n_first)
+                memcpy(rows + t * d, lco_first_rows(kv, page, which, head) + t * d, (size_t)d * sizeof *rows);
+            for (int64_t j = 0; t >= kv->n_first && j < d; j++)
+                rows[(t - begin) * d + j] = lco_f32_to_bf16(lco_decode(codes[slot * d + j], kv->dtype) * scales[slot / LCO_KV_BLOCK]);
+        }
     }
 }
 
-static void reload_tail(lco_seq *seq, int64_t block, int64_t n)
+static void reload_tail(lco_seq *seq, int64_t length)
 {
     for (int32_t i = 0; i < seq->kv->options.n_layers; i++)
         if (seq->kv->views[i].buffered)
-            reload_layer(seq, &seq->kv->views[i], block, n);
+            reload_layer(seq, &seq->kv->views[i], lco_coded_end(&seq->kv->views[i], length), length);
 }
 
 /* Pages that only the old anchor kept go. */
@@ -278,42 +307,45 @@ static void move_anchor(lco_seq *seq)
 
 lco_status lco_seq_hold(lco_seq *seq, int64_t n, lco_error *err)
 {
-    const size_t bytes = seq->kv->tail_bytes;
     move_anchor(seq);
-    if (seq->tails == NULL || seq->length % LCO_KV_BLOCK == 0 || n < LCO_KV_BLOCK - seq->length % LCO_KV_BLOCK)
+    const int64_t tokens = lco_tail_tokens(seq->kv, seq->length);
+    if (tokens == 0 || !leaves_stretch(seq->kv, seq->length, n))
         return LCO_OK;
-    if (seq->held == NULL && (seq->held = lco_alloc(bytes)) == NULL)
-        return lco_fail(err, LCO_ENOMEM, "out of memory for a copy of the write buffer of a sequence (%zu bytes)", bytes);
-    memcpy(seq->held, lco_seq_tail(seq), bytes);
+    const lco_status status = need_rows(&seq->held, seq->kv->tail_bytes, err);
+    if (status != LCO_OK)
+        return status;
+    copy_tail(seq->kv, seq->held, seq->tail, tokens);
     seq->held_length = seq->length;
     return LCO_OK;
 }
 
-/* Of a sequence that is cut to `length`: what is remembered of the block at that place is still true. */
+/* Of a sequence that is cut to `length`: what is remembered of the stretch at that place is still true. */
 static bool as_held(const lco_seq *seq, int64_t length)
 {
-    return length <= seq->held_length && length / LCO_KV_BLOCK == seq->held_length / LCO_KV_BLOCK;
+    return length <= seq->held_length && !leaves_stretch(seq->kv, length, seq->held_length - length);
 }
 
-/* The tail of a sequence that is cut to `length`, inside a block that was quantised. */
+/* The tail of a sequence that is cut to `length`, inside a stretch that was full. */
 static lco_status restore_tail(lco_seq *seq, int64_t length, lco_error *err)
 {
     if (as_held(seq, length)) {
-        memcpy(lco_seq_tail(seq), seq->held, seq->kv->tail_bytes);
+        copy_tail(seq->kv, seq->tail, seq->held, lco_tail_tokens(seq->kv, length));
         return LCO_OK;
     }
-    lco_status status = lco_tier_open(seq->kv, seq->table[length / seq->kv->options.page_size], true, err);
+    lco_status status = lco_seq_need_tail(seq, err);
     if (status == LCO_OK)
-        reload_tail(seq, length / LCO_KV_BLOCK, length % LCO_KV_BLOCK);
+        status = lco_tier_open(seq->kv, seq->table[length / seq->kv->options.page_size], true, err);
+    if (status == LCO_OK)
+        reload_tail(seq, length);
     return status;
 }
 
-/* Tokens of a sequence cut to `length` that are what a prompt computes. A block that came back from codes, and one whose scale tokens that are
- * gone have set, are not. */
+/* Tokens of a sequence cut to `length` that are what a prompt computes. A stretch that came back from codes, and a block whose scale tokens that
+ * are gone have set, are not. */
 static int64_t exact_after(const lco_seq *seq, int64_t length, bool from_codes)
 {
     const bool rescaled = seq->kv->scaled && !seq->kv->options.write_buffer && length < seq->length;
-    const int64_t whole = length / LCO_KV_BLOCK * LCO_KV_BLOCK, most = from_codes || rescaled ? whole : length;
+    const int64_t most = from_codes ? length - lco_tail_tokens(seq->kv, length) : rescaled ? length / LCO_KV_BLOCK * LCO_KV_BLOCK : length;
     return seq->exact < most ? seq->exact : most;
 }
 
@@ -325,7 +357,7 @@ lco_status lco_seq_truncate(lco_seq *seq, int64_t length, lco_error *err)
     lco_status status = lco_seq_keeps(seq, length, err);
     if (status != LCO_OK)
         return status;
-    const bool coded = seq->tails != NULL && length % LCO_KV_BLOCK != 0 && length / LCO_KV_BLOCK < seq->length / LCO_KV_BLOCK;
+    const bool coded = lco_tail_tokens(seq->kv, length) > 0 && leaves_stretch(seq->kv, length, seq->length - length);
     status = coded ? restore_tail(seq, length, err) : LCO_OK;
     if (status != LCO_OK)
         return status;

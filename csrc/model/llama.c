@@ -58,19 +58,22 @@ typedef struct {
     lco_status status;
 } step;
 
-/* Buffered layers: 16-bit keys and values of one layer for the blocks of every prompt item. */
+/* Buffered layers: 16-bit keys and values of one layer for the stretches of every prompt item. */
 static lco_status take_items(step *s, lco_arena *scratch, lco_error *err)
 {
     const lco_batch *batch = s->batch;
     size_t layer_bytes = 0;
-    for (int32_t i = 0; i < s->model->config.n_layers; i++)
-        if (s->kv[i].buffered && lco_tail_bytes(&s->kv[i]) > layer_bytes)
+    int64_t residual = 0;
+    for (int32_t i = 0; i < s->model->config.n_layers && layer_bytes == 0; i++)
+        if (s->kv[i].buffered) { /* all that are have the same shape */
             layer_bytes = lco_tail_bytes(&s->kv[i]);
+            residual = s->kv[i].residual;
+        }
     bool ok = (s->items = lco_arena_take(scratch, (size_t)batch->n_items * sizeof *s->items)) != NULL;
     for (int64_t i = 0; ok && i < batch->n_items; i++) {
         s->items[i] = batch->items[i];
         if (layer_bytes > 0 && s->items[i].prompt)
-            ok = (s->items[i].own = lco_arena_take(scratch, (size_t)lco_own_blocks(&s->items[i]) * layer_bytes)) != NULL;
+            ok = (s->items[i].own = lco_arena_take(scratch, (size_t)lco_own_stretches(&s->items[i], residual) * layer_bytes)) != NULL;
     }
     return ok ? LCO_OK : lco_fail(err, LCO_ENOMEM, "out of memory for the new keys and values of a step; use a smaller chunk");
 }

@@ -67,12 +67,24 @@ static const float *query(const choice *c, int64_t g)
     return a->q + c->item->row * a->ld_q + (c->head * c->group + g) * a->kv->head_dim;
 }
 
-/* Of positions [begin, end) of one page, read as codes. */
+/* Of n positions in 16 bit. */
+static norm rows_norm(const choice *c, const float *q, const uint16_t *rows, int64_t n)
+{
+    const key_run run = {.keys = (const uint8_t *)rows, .n = n, .dtype = LCO_BF16};
+    return run_norm(c->args, q, &run);
+}
+
+/* Of positions [begin, end) of one page, read as codes but for the first few of the text. */
 static norm page_norm(const choice *c, const float *q, int64_t begin, int64_t end)
 {
     const lco_kv_view *kv = c->args->kv;
     if (begin >= end)
         return (norm){-INFINITY, 0};
+    if (kv->buffered && begin < kv->n_first) {
+        const int64_t stop = end < kv->n_first ? end : kv->n_first;
+        const uint16_t *rows = lco_first_rows(kv, c->item->table[0], LCO_KEY, c->head) + begin * kv->head_dim;
+        return add_norms(rows_norm(c, q, rows, stop - begin), page_norm(c, q, stop, end));
+    }
     const int64_t slot = begin % kv->page_size;
     const uint8_t *slice = lco_kv_read(kv, c->thread, c->item->table[begin / kv->page_size], -1, c->head, 1);
     key_run run = {.keys = lco_read_codes(kv, slice, LCO_KEY, c->head), .n = end - begin, .dtype = kv->dtype, .skip = slot % LCO_KV_BLOCK};
@@ -87,14 +99,13 @@ static norm always_read_norm(const choice *c, const float *q)
 {
     const lco_kv_view *kv = c->args->kv;
     const int64_t size = kv->page_size, pos = c->item->pos, last = pos / size * size;
-    const int64_t coded = kv->buffered ? pos / LCO_KV_BLOCK * LCO_KV_BLOCK : pos + 1, first = c->seen.first;
+    const int64_t coded = lco_coded_end(kv, pos), first = c->seen.first;
     const int64_t from = first > last - size ? first : last - size;
     norm z = add_norms(page_norm(c, q, from, last), page_norm(c, q, first > last ? first : last, coded));
     if (kv->buffered) {
         const int64_t begin = first > coded ? first : coded;
-        const uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, c->item, coded / LCO_KV_BLOCK), LCO_KEY, c->head);
-        key_run run = {.keys = (const uint8_t *)(rows + (begin - coded) * kv->head_dim), .n = pos + 1 - begin, .dtype = LCO_BF16};
-        z = add_norms(z, run_norm(c->args, q, &run));
+        const uint16_t *rows = lco_tail_rows(kv, lco_own_stretch(kv, c->item, pos), LCO_KEY, c->head) + (begin - coded) * kv->head_dim;
+        z = add_norms(z, rows_norm(c, q, rows, pos + 1 - begin));
     }
     const int64_t begin = c->seen.sinks > 0 ? 0 : first, end = c->seen.sinks > 0 ? c->seen.sinks : size;
     return begin == 0 ? add_norms(z, page_norm(c, q, 0, end < size ? end : size)) : z;

@@ -86,28 +86,29 @@ typedef struct {
     int64_t rope_length; /* sequence length that length-dependent rope kinds use for these rows */
     bool prompt;
     uint8_t *tail, *next_tail; /* buffered caches (base/formats.h), all layers; else NULL */
-    uint8_t *own; /* buffered caches, prompt items: scratch of lco_own_blocks() tail layers that rope_append fills for attention */
+    uint8_t *own; /* buffered caches, prompt items: scratch of lco_own_stretches() tail layers that rope_append fills for attention */
 } lco_item;
 
-/* Blocks of 16 positions that an item's rows lie in. */
-static inline int64_t lco_own_blocks(const lco_item *item)
+/* Stretches of `unit` positions that an item's rows lie in. */
+static inline int64_t lco_own_stretches(const lco_item *item, int64_t unit)
 {
-    return (item->pos + item->len - 1) / LCO_KV_BLOCK - item->pos / LCO_KV_BLOCK + 1;
+    return (item->pos + item->len - 1) / unit - item->pos / unit + 1;
 }
 
-/* The 16-bit keys and values of this layer of a block that the item's rows lie in: lco_tail_rows() finds a head's. */
-static inline uint8_t *lco_own_block(const lco_kv_view *kv, const lco_item *item, int64_t block)
+/* The 16-bit keys and values of this layer of the stretch of `position`, in which rows of the item lie: lco_tail_rows() finds a head's. */
+static inline uint8_t *lco_own_stretch(const lco_kv_view *kv, const lco_item *item, int64_t position)
 {
     if (!item->prompt)
         return item->tail + kv->tail_offset;
-    return item->own + (size_t)(block - item->pos / LCO_KV_BLOCK) * lco_tail_bytes(kv);
+    return item->own + (size_t)(position / kv->residual - item->pos / kv->residual) * lco_tail_bytes(kv);
 }
 
 /* rope_append: rotates q and k in place by position (rotate-half: pairs i and i + head_dim/2, as Hugging Face checkpoints are stored), turns
  * them where the cache is `turned` (base/hadamard.h), and writes k and v of every row to the cache (rounded to its element type: nearest even; float16 saturates at +-65504, NaN stays NaN).
- * One-byte codes: in a buffered cache a row goes to its block in 16 bit, and a block that has all 16 rows is quantised into the page
- * (base/codes.h); the block left unfinished goes to the tail, or to next_tail when it is not the one that the item began in. Unbuffered, each row is quantised at once: the first of a block sets the scale,
- * and a larger one widens it and rescales the codes before.
+ * One-byte codes: in a buffered cache a row goes to its stretch in 16 bit, the first few of a text to their place beside the page too, and a block
+ * that has all 16 rows is quantised into the page (base/codes.h); the stretch left unfinished goes to the tail, or to next_tail when it is not the
+ * one that the item began in. Unbuffered, each row is quantised at once: the first of a block sets the scale, and a larger one widens it and
+ * rescales the codes before.
  * cos/sin hold one row per batch row. */
 typedef struct {
     float *q;               /* [m, n_heads, head_dim], row stride ld_q; rotated in place */
@@ -123,8 +124,8 @@ typedef struct {
 /* attention: out[i, h, :] = sum_t softmax_t(scale * q[i, h, :] . K[t, g, :]) * V[t, g, :], g = h / (n_heads / n_kv_heads),
  * over positions t with t <= position(i) and, when window > 0, t > position(i) - window or t < sinks.  Scores are masked with true -inf; slots of a page past
  * the sequence's length are never read (they may hold anything, NaN included). Row i's own key is in the cache already.
- * In a buffered cache a row reads the block of its own position from 16 bit and all earlier blocks from codes: what a row reads depends on
- * its position alone, not on how the prompt was cut, what else ran, or what came from a shared prefix.
+ * In a buffered cache a row reads its own stretch and the first few positions from 16 bit and all others from codes (base/formats.h): that depends
+ * on its position alone, not on how the prompt was cut, what else ran, or what came from a shared prefix.
  * Prompt rows over a bfloat16 cache: tables whose `detail` says AMX round q * scale and the weights of the positions to bfloat16. */
 typedef struct {
     float *out;            /* [m, n_heads, head_dim], row stride ld_out */

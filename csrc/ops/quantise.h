@@ -28,26 +28,37 @@ static float scale_for(const lco_kv_view *kv, int64_t which, int64_t head, float
                                                           : lco_block_scale(largest, kv->dtype);
 }
 
-/* One head's keys or values in block `block` (counted from position 0) of an item in a buffered cache. */
-static void fill_block(const lco_rope_append_args *a, const lco_item *item, int64_t block, int64_t which, int64_t head)
+/* The block of 16 rows from position `start` on, into its page. */
+static void quantise_block(const lco_rope_append_args *a, const lco_item *item, int64_t start, int64_t which, int64_t head,
+                           const uint16_t *rows)
 {
     const lco_kv_view *kv = a->kv;
-    const int64_t d = kv->head_dim, start = block * LCO_KV_BLOCK, stop = start + LCO_KV_BLOCK, end = item->pos + item->len;
-    const int64_t first_block = item->pos / LCO_KV_BLOCK, from = start > item->pos ? start : item->pos, to = stop < end ? stop : end;
-    uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, item, block), which, head);
+    const int64_t page = item->table[start / kv->page_size], in_page = start % kv->page_size / LCO_KV_BLOCK, n = LCO_KV_BLOCK * kv->head_dim;
+    float *scale = lco_kv_scales(kv, page, which, head) + in_page;
+    *scale = scale_for(kv, which, head, lco_largest_bf16(rows, n));
+    lco_encode_run(lco_kv_codes(kv, page, which, head) + in_page * n, rows, n, *scale, kv->dtype);
+}
+
+/* One head's keys or values in a stretch, counted from position 0, of an item in a buffered cache. */
+static void fill_stretch(const lco_rope_append_args *a, const lco_item *item, int64_t stretch, int64_t which, int64_t head)
+{
+    const lco_kv_view *kv = a->kv;
+    const int64_t d = kv->head_dim, start = stretch * kv->residual, stop = start + kv->residual, end = item->pos + item->len;
+    const int64_t from = start > item->pos ? start : item->pos, to = stop < end ? stop : end;
+    const size_t row_bytes = (size_t)d * sizeof(uint16_t);
+    uint16_t *rows = lco_tail_rows(kv, lco_own_stretch(kv, item, start), which, head);
     if (item->prompt && from > start)
-        memcpy(rows, lco_tail_rows(kv, item->tail + kv->tail_offset, which, head), (size_t)((from - start) * d) * sizeof *rows);
+        memcpy(rows, lco_tail_rows(kv, item->tail + kv->tail_offset, which, head), (size_t)(from - start) * row_bytes);
     for (int64_t t = from; t < to; t++)
         round_row(a, item, t - item->pos, which, head, rows + (t - start) * d);
-    if (to == stop) {
-        const int64_t page = item->table[start / kv->page_size], in_page = start % kv->page_size / LCO_KV_BLOCK;
-        float *scale = lco_kv_scales(kv, page, which, head) + in_page;
-        *scale = scale_for(kv, which, head, lco_largest_bf16(rows, LCO_KV_BLOCK * d));
-        lco_encode_run(lco_kv_codes(kv, page, which, head) + in_page * LCO_KV_BLOCK * d, rows, LCO_KV_BLOCK * d, *scale, kv->dtype);
-    } else if (item->prompt) {
-        uint8_t *tail = block == first_block ? item->tail : item->next_tail;
+    for (int64_t t = from; t < to && t < kv->n_first; t++)
+        memcpy(lco_first_rows(kv, item->table[0], which, head) + t * d, rows + (t - start) * d, row_bytes);
+    for (int64_t t = from / LCO_KV_BLOCK * LCO_KV_BLOCK; t + LCO_KV_BLOCK <= to; t += LCO_KV_BLOCK)
+        quantise_block(a, item, t, which, head, rows + (t - start) * d);
+    if (to < stop && item->prompt) {
+        uint8_t *tail = stretch == item->pos / kv->residual ? item->tail : item->next_tail;
         memcpy(lco_tail_rows(kv, tail + kv->tail_offset, which, head) + (from - start) * d, rows + (from - start) * d,
-               (size_t)((to - from) * d) * sizeof *rows);
+               (size_t)(to - from) * row_bytes);
     }
 }
 
@@ -73,24 +84,26 @@ static void widen_block(const lco_rope_append_args *a, const lco_item *item, int
     }
 }
 
-/* Units [begin, end): (block of an item, K or V, head), items one after the other. */
+/* Positions whose rows of a head one call takes. */
+static int64_t quantise_unit(const lco_kv_view *kv) { return kv->buffered ? kv->residual : LCO_KV_BLOCK; }
+
+/* Units [begin, end): (stretch or block of an item, K or V, head), items one after the other. */
 static void quantise_units(void *ctx, int64_t begin, int64_t end, int thread)
 {
     const quantise_job *job = ctx;
     const lco_rope_append_args *a = job->args;
-    const int64_t heads = a->kv->n_kv_heads;
+    const int64_t heads = a->kv->n_kv_heads, unit = quantise_unit(a->kv);
     uint16_t *row = job->rows + thread * a->kv->head_dim;
     const lco_item *item = a->items;
     int64_t before = 0;
     for (int64_t i = begin; i < end; i++) {
-        while (i - before >= lco_own_blocks(item) * 2 * heads)
-            before += lco_own_blocks(item++) * 2 * heads;
-        const int64_t block = item->pos / LCO_KV_BLOCK + (i - before) / (2 * heads), which = (i - before) / heads % 2,
-                      head = (i - before) % heads;
+        while (i - before >= lco_own_stretches(item, unit) * 2 * heads)
+            before += lco_own_stretches(item++, unit) * 2 * heads;
+        const int64_t at = item->pos / unit + (i - before) / (2 * heads), which = (i - before) / heads % 2, head = (i - before) % heads;
         if (a->kv->buffered)
-            fill_block(a, item, block, which, head);
+            fill_stretch(a, item, at, which, head);
         else
-            widen_block(a, item, block, which, head, row);
+            widen_block(a, item, at, which, head, row);
     }
 }
 
@@ -105,8 +118,8 @@ static lco_status quantise_rows(const lco_rope_append_args *a)
         return LCO_ENOMEM;
     int64_t units = 0;
     for (int64_t i = 0; i < a->n_items; i++)
-        units += lco_own_blocks(&a->items[i]) * 2 * a->kv->n_kv_heads;
-    lco_pool_for(a->exec->pool, units, 1 + SERIAL / (LCO_KV_BLOCK * a->kv->head_dim), quantise_units, &job);
+        units += lco_own_stretches(&a->items[i], quantise_unit(a->kv)) * 2 * a->kv->n_kv_heads;
+    lco_pool_for(a->exec->pool, units, 1 + SERIAL / (quantise_unit(a->kv) * a->kv->head_dim), quantise_units, &job);
     lco_arena_reset(scratch, mark);
     return LCO_OK;
 }

@@ -69,18 +69,18 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"model",        "dtype",      "page_size",    "max_tokens",     "write_buffer",
                             "host_bytes",   "spill_path", "prefix_index", "turn_keys",      "layer_dtypes",
-                            "fixed_scales", "window",     "sinks",        "page_tolerance", NULL};
+                            "fixed_scales", "window",     "sinks",        "page_tolerance", "residual", "n_first", NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model, *layer_dtypes = Py_None, *fixed_scales = Py_None;
     Py_buffer scales = {0};
     const char *dtype;
-    int page_size, write_buffer, prefix_index = 0, turn_keys = 1;
+    int page_size, write_buffer, prefix_index = 0, turn_keys = 1, residual = 0, n_first = 0;
     long long max_tokens, host_bytes = 0, window = 0, sinks = 0;
     const char *spill_path = NULL;
     double tolerance = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzppOOLLd", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!siLp|LzppOOLLdii", names, state->model_type, &model, &dtype, &page_size, &max_tokens,
                                      &write_buffer, &host_bytes, &spill_path, &prefix_index, &turn_keys, &layer_dtypes, &fixed_scales,
-                                     &window, &sinks, &tolerance))
+                                     &window, &sinks, &tolerance, &residual, &n_first))
         return NULL;
     const model_object *owner = (model_object *)model;
     lco_kv_options options = {.n_layers = owner->n_layers,
@@ -88,6 +88,8 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               .head_dim = owner->head_dim,
                               .page_size = page_size,
                               .write_buffer = write_buffer,
+                              .residual = residual,
+                              .n_first = n_first,
                               .max_tokens = max_tokens,
                               .host_bytes = host_bytes,
                               .spill_path = spill_path,
@@ -209,7 +211,7 @@ static PyObject *cache_stats(cache_object *self, PyObject *Py_UNUSED(arg))
         COUNT(tail_bytes),     COUNT(tokens_appended), COUNT(blocks_quantised), COUNT(pages_copied),      COUNT(pages_spilled),
         COUNT(pages_restored), COUNT(slices_fetched),  COUNT(bytes_fetched),    COUNT(prefetches_issued), COUNT(prefetches_used),
         COUNT(pages_cached),   COUNT(tokens_found),    COUNT(bytes_written),    COUNT(pages_released),    COUNT(pages_read),
-        COUNT(pages_left_out), COUNT(bounds_bytes),
+        COUNT(pages_left_out), COUNT(bounds_bytes),    COUNT(first_bytes),
 #undef COUNT
     };
     PyObject *dict = PyDict_New();
@@ -292,6 +294,43 @@ static PyObject *cache_page_in(cache_object *self, PyObject *object)
     return status == LCO_OK ? PyLong_FromLong(page) : lco_py_raise((PyObject *)self, &err);
 }
 
+/* The first tokens of a page, out of the cache or into it. */
+static PyObject *move_first(cache_object *self, PyObject *args, bool in)
+{
+    int page;
+    Py_buffer bytes;
+    PyObject *object;
+    if (!PyArg_ParseTuple(args, "iO:first", &page, &object) || PyObject_GetBuffer(object, &bytes, in ? PyBUF_SIMPLE : PyBUF_WRITABLE) != 0)
+        return NULL;
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)),
+           status = (size_t)bytes.len != lco_kv_first_bytes(kv)
+                        ? lco_fail(&err, LCO_EFORMAT, "the first tokens of a text in %lld bytes, expected %zu", (long long)bytes.len,
+                                   lco_kv_first_bytes(kv))
+                    : in ? lco_kv_first_in(kv, page, bytes.buf, &err)
+                         : lco_kv_first_out(kv, page, bytes.buf, &err));
+    PyBuffer_Release(&bytes);
+    return lco_py_none((PyObject *)self, status, &err);
+}
+
+static PyObject *cache_first_out(cache_object *self, PyObject *args) { return move_first(self, args, false); }
+
+static PyObject *cache_first_in(cache_object *self, PyObject *args) { return move_first(self, args, true); }
+
+static PyObject *cache_buffer(cache_object *self, PyObject *Py_UNUSED(arg))
+{
+    lco_error err;
+    lco_status status;
+    lco_kv *kv;
+    int residual = 0;
+    Py_ssize_t first_bytes = 0;
+    LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)),
+           (residual = lco_kv_get_options(kv)->residual, first_bytes = (Py_ssize_t)lco_kv_first_bytes(kv)));
+    return status == LCO_OK ? Py_BuildValue("in", residual, first_bytes) : lco_py_raise((PyObject *)self, &err);
+}
+
 static PyObject *cache_page_drop(cache_object *self, PyObject *args)
 {
     int page;
@@ -360,6 +399,12 @@ static PyMethodDef cache_methods[] = {
      "page_out(page, buffer)\n--\n\nCopy a page's bytes into a buffer of page_bytes."},
     {"page_in", (PyCFunction)(void (*)(void))cache_page_in, METH_O,
      "page_in(bytes)\n--\n\nA page with these bytes, held until page_drop(); returns its number."},
+    {"first_out", (PyCFunction)(void (*)(void))cache_first_out, METH_VARARGS,
+     "first_out(page, buffer)\n--\n\nCopy what lies beside a page that a text begins with into a buffer of buffer()[1] bytes."},
+    {"first_in", (PyCFunction)(void (*)(void))cache_first_in, METH_VARARGS,
+     "first_in(page, bytes)\n--\n\nA text begins with this page of page_in(), and these bytes lie beside it."},
+    {"buffer", (PyCFunction)(void (*)(void))cache_buffer, METH_NOARGS,
+     "buffer()\n--\n\n(tokens of a stretch, bytes beside a page that a text begins with)."},
     {"page_drop", (PyCFunction)(void (*)(void))cache_page_drop, METH_VARARGS, "page_drop(page)\n--\n\nGive back a page of page_in()."},
     {"restore", (PyCFunction)(void (*)(void))cache_restore, METH_VARARGS,
      "restore(length, exact, unseen, ids, table, tail)\n--\n\nA sequence as Sequence.image() gave it, on pages of page_in()."},
@@ -374,7 +419,7 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
     {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, "
-                "turn_keys=True, layer_dtypes=None, fixed_scales=None, window=0, sinks=0, page_tolerance=0.0)\n--\n\n"
+                "turn_keys=True, layer_dtypes=None, fixed_scales=None, window=0, sinks=0, page_tolerance=0.0, residual=0, n_first=0)\n--\n\n"
                 "A paged key/value cache shaped for a model."},
     {0, NULL},
 };

@@ -19,9 +19,39 @@ static void cache_release(cache_call *c)
     PyMem_Free(c);
 }
 
+/* None, or (residual, firsts): tokens of a stretch, and uint8 [pages, bytes], what lies beside the pages that a text begins with; all layers. */
+static bool take_buffer(bag *b, cache_call *c, PyObject *object, long long layer)
+{
+    PyObject *firsts_o;
+    int residual;
+    c->kv.residual = LCO_KV_BLOCK;
+    if (object == Py_None)
+        return true;
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "buffer is a tuple (residual, firsts)");
+        return false;
+    }
+    if (!PyArg_ParseTuple(object, "iO:buffer", &residual, &firsts_o) ||
+        !check(residual >= LCO_KV_BLOCK && residual <= LCO_KV_MOST_RESIDUAL && residual % LCO_KV_BLOCK == 0 &&
+                   c->kv.page_size % residual == 0,
+               "residual", residual, "a multiple of 16 up to 64 that divides page_size"))
+        return false;
+    c->kv.residual = residual;
+    const Py_buffer *firsts = take(b, firsts_o, "firsts", "B", 2, WRITE);
+    const int64_t row = (int64_t)lco_rows_bytes(&c->kv, 1) * c->n_layers;
+    if (firsts == NULL || !check_packed(firsts, "firsts") || !check_axis(firsts, "firsts", 0, c->n_pages) ||
+        !check(firsts->shape[1] % row == 0 && firsts->shape[1] / row <= LCO_KV_MOST_FIRST, "axis 1 of firsts", firsts->shape[1],
+               "the bytes of 0 to 16 tokens of all layers"))
+        return false;
+    c->kv.n_first = (int32_t)(firsts->shape[1] / row);
+    c->kv.firsts_stride = (size_t)firsts->shape[1];
+    c->kv.firsts = (uint8_t *)firsts->buf + lco_first_bytes(&c->kv) * (size_t)layer;
+    return true;
+}
+
 /* cache: uint8 bytes of whole pages as formats.h lays them out, all layers of one type. */
 static bool take_cache(bag *b, cache_call *c, PyObject *cache_o, const char *dtype_name, int page_size, int n_layers, int n_kv_heads,
-                       int head_dim, long long layer)
+                       int head_dim, long long layer, PyObject *buffer_o)
 {
     if (!lco_py_dtype(dtype_name, &c->kv.dtype)) {
         PyErr_Format(PyExc_ValueError, "dtype = '%s', expected one of " LCO_PY_DTYPES, dtype_name);
@@ -46,9 +76,11 @@ static bool take_cache(bag *b, cache_call *c, PyObject *cache_o, const char *dty
         return false;
     c->kv.page_bytes = page;
     c->kv.slice_offset = slice * (size_t)layer;
-    c->kv.tail_offset = lco_tail_bytes(&c->kv) * (size_t)layer;
     c->kv.base = (uint8_t *)cache->buf + c->kv.slice_offset;
     c->n_pages = (int64_t)((size_t)cache->len / page);
+    if (!take_buffer(b, c, buffer_o, layer))
+        return false;
+    c->kv.tail_offset = lco_tail_bytes(&c->kv) * (size_t)layer;
     return true;
 }
 
@@ -103,7 +135,7 @@ static bool take_item(bag *b, cache_call *c, PyObject *object, int64_t m)
     c->kv.buffered = true;
     return (item->tail = take_tail(b, c, tail_o, "tail", c->n_layers)) != NULL &&
            (item->next_tail = take_tail(b, c, next_o, "next_tail", c->n_layers)) != NULL &&
-           (item->own = take_tail(b, c, own_o, "own", lco_own_blocks(item))) != NULL;
+           (item->own = take_tail(b, c, own_o, "own", lco_own_stretches(item, c->kv.residual))) != NULL;
 }
 
 static bool take_items(bag *b, cache_call *c, PyObject *items, int64_t m)
@@ -117,10 +149,11 @@ static bool take_items(bag *b, cache_call *c, PyObject *items, int64_t m)
 }
 
 const char lco_py_rope_append_doc[] =
-    "rope_append(q, k, v, cos, sin, cache, dtype, page_size, n_layers, layer, items, scales=None, turned=False)\n--\n\n"
+    "rope_append(q, k, v, cos, sin, cache, dtype, page_size, n_layers, layer, items, scales=None, turned=False, buffer=None)\n--\n\n"
     "Rotates q[m, heads, d] and k[m, kv_heads, d] in place by cos and sin [m, d/2] and writes k and v to the cache. Rows may be strided\n"
     "(k and v alike). cache: uint8 pages of base/formats.h; dtype: element type of the cache; items: a list of\n"
     "(table int32, row, len, pos, prompt), for a cache with a write buffer (..., tail, next_tail, own), uint8 as in ops.h.\n"
+    "buffer: of such a cache (residual, firsts), uint8[pages, bytes]; None: (16, nothing).\n"
     "scales: float32 [k|v, kv_heads] that all blocks of one-byte codes have; None: each its own.\n"
     "turned: q and k are turned by a Walsh-Hadamard matrix (base/hadamard.h).";
 
@@ -130,15 +163,15 @@ PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
     PyThreadState *state;
     PyObject *result = NULL;
     static const char *const names[] = {"q",         "k",        "v",     "cos",   "sin",    "cache",  "dtype",
-                                        "page_size", "n_layers", "layer", "items", "scales", "turned", NULL};
-    PyObject *q_o, *k_o, *v_o, *cos_o, *sin_o, *cache_o, *items_o, *scales_o = Py_None;
+                                        "page_size", "n_layers", "layer", "items", "scales", "turned", "buffer", NULL};
+    PyObject *q_o, *k_o, *v_o, *cos_o, *sin_o, *cache_o, *items_o, *scales_o = Py_None, *buffer_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, turned = 0;
     long long layer;
     bag b = {.n = 0};
     const Py_buffer *q, *k, *v, *cos, *sin, *scales;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiLO!|Op:rope_append", (char **)names, &q_o, &k_o, &v_o, &cos_o, &sin_o, &cache_o,
-                                     &dtype_name, &page_size, &n_layers, &layer, &PyList_Type, &items_o, &scales_o, &turned))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiLO!|OpO:rope_append", (char **)names, &q_o, &k_o, &v_o, &cos_o, &sin_o, &cache_o,
+                                     &dtype_name, &page_size, &n_layers, &layer, &PyList_Type, &items_o, &scales_o, &turned, &buffer_o))
         return NULL;
     cache_call *c = PyMem_Calloc(1, sizeof *c);
     if (c == NULL)
@@ -153,7 +186,7 @@ PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
         !check_axis(cos, "cos", 0, m) || !check_axis(sin, "sin", 0, m) || !check_axis(cos, "cos", 1, d / 2) ||
         !check_axis(sin, "sin", 1, d / 2) || !check_packed(cos, "cos") || !check_packed(sin, "sin") ||
         !check(row_stride(k) == row_stride(v), "the row stride of v", row_stride(v), "that of k") ||
-        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer) || !take_items(&b, c, items_o, m))
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer, buffer_o) || !take_items(&b, c, items_o, m))
         goto done;
     c->kv.turned = turned;
     if (scales_o != Py_None) {
@@ -191,7 +224,7 @@ static const Py_buffer *take_chosen(bag *b, const cache_call *c, PyObject *objec
 
 const char lco_py_choose_pages_doc[] =
     "choose_pages(chosen, counts, masses, q, bounds, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, tolerance,\n"
-    "             window=0, sinks=0)\n--\n\n"
+    "             window=0, sinks=0, buffer=None)\n--\n\n"
     "Which pages rows q[m, heads, d] of decode items read: chosen uint64[items, kv_heads, words]; counts int64[items, kv_heads, 2] of "
     "pages\n"
     "read and left out; masses float32[items, kv_heads]. bounds: bfloat16 bits [pages, kv_heads, 2, d] of the layer's keys.";
@@ -202,8 +235,8 @@ PyObject *lco_py_choose_pages(PyObject *object, PyObject *args, PyObject *kw)
     PyThreadState *state;
     PyObject *result = NULL;
     static const char *const names[] = {"chosen",     "counts", "masses", "q",     "bounds",    "cache",  "dtype", "page_size", "n_layers",
-                                        "n_kv_heads", "layer",  "items",  "scale", "tolerance", "window", "sinks", NULL};
-    PyObject *chosen_o, *counts_o, *masses_o, *q_o, *bounds_o, *cache_o, *items_o;
+                                        "n_kv_heads", "layer",  "items",  "scale", "tolerance", "window", "sinks", "buffer", NULL};
+    PyObject *chosen_o, *counts_o, *masses_o, *q_o, *bounds_o, *cache_o, *items_o, *buffer_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, n_kv_heads;
     long long layer, window = 0, sinks = 0;
@@ -212,9 +245,9 @@ PyObject *lco_py_choose_pages(PyObject *object, PyObject *args, PyObject *kw)
     bag b = {.n = 0};
     const Py_buffer *chosen, *counts, *masses, *q, *bounds;
     lco_choice *choices = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiiLO!fd|LL:choose_pages", (char **)names, &chosen_o, &counts_o, &masses_o, &q_o,
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOOsiiiLO!fd|LLO:choose_pages", (char **)names, &chosen_o, &counts_o, &masses_o, &q_o,
                                      &bounds_o, &cache_o, &dtype_name, &page_size, &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o,
-                                     &scale, &tolerance, &window, &sinks))
+                                     &scale, &tolerance, &window, &sinks, &buffer_o))
         return NULL;
     cache_call *c = PyMem_Calloc(1, sizeof *c);
     if (c == NULL)
@@ -226,7 +259,7 @@ PyObject *lco_py_choose_pages(PyObject *object, PyObject *args, PyObject *kw)
     if (!check(d <= INT32_MAX, "head_dim", d, "a 32-bit number") || !check(window >= 0, "window", window, "0 (none) or more") ||
         !check(sinks >= 0, "sinks", sinks, "0 (none) or more") ||
         !check(n_kv_heads >= 1 && q->shape[1] % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
-        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) ||
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer, buffer_o) ||
         !take_items(&b, c, items_o, q->shape[0]) || (chosen = take_chosen(&b, c, chosen_o)) == NULL ||
         !check_axis(counts, "counts", 0, c->n_items) || !check_axis(counts, "counts", 1, n_kv_heads) ||
         !check_axis(counts, "counts", 2, 2) || !check_packed(counts, "counts") || !check_axis(masses, "masses", 0, c->n_items) ||
@@ -266,7 +299,7 @@ done:
 }
 
 const char lco_py_attention_doc[] =
-    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0, sinks=0, chosen=None)\n--\n\n"
+    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0, sinks=0, chosen=None, buffer=None)\n--\n\n"
     "Causal attention of q[m, heads, d] over the cache into out[m, heads, d]; rows may be strided. cache, dtype and items as in\n"
     "rope_append; window > 0: only the newest `window` positions and those below `sinks`. chosen: uint64\n"
     "[items, kv_heads, words] of choose_pages.";
@@ -277,16 +310,16 @@ PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
     PyThreadState *state;
     PyObject *result = NULL;
     static const char *const names[] = {"out",   "q",     "cache", "dtype",  "page_size", "n_layers", "n_kv_heads",
-                                        "layer", "items", "scale", "window", "sinks",     "chosen",   NULL};
-    PyObject *out_o, *q_o, *cache_o, *items_o, *chosen_o = Py_None;
+                                        "layer", "items", "scale", "window", "sinks",     "chosen",   "buffer", NULL};
+    PyObject *out_o, *q_o, *cache_o, *items_o, *chosen_o = Py_None, *buffer_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, n_kv_heads;
     long long layer, window = 0, sinks = 0;
     float scale;
     bag b = {.n = 0};
     const Py_buffer *out, *q, *chosen = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|LLO:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
-                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window, &sinks, &chosen_o))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|LLOO:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
+                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window, &sinks, &chosen_o, &buffer_o))
         return NULL;
     cache_call *c = PyMem_Calloc(1, sizeof *c);
     if (c == NULL)
@@ -298,7 +331,7 @@ PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
         !check(sinks >= 0, "sinks", sinks, "0 (none) or more") || !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, n_heads) ||
         !check_axis(out, "out", 2, d) ||
         !check(n_kv_heads >= 1 && n_heads % n_kv_heads == 0, "n_kv_heads", n_kv_heads, "a divisor of the heads of q") ||
-        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer) || !take_items(&b, c, items_o, m))
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, n_kv_heads, (int)d, layer, buffer_o) || !take_items(&b, c, items_o, m))
         goto done;
     if (chosen_o != Py_None && (chosen = take_chosen(&b, c, chosen_o)) == NULL)
         goto done;

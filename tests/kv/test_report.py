@@ -66,7 +66,7 @@ def plain_report(model, rows, dtype, write_buffer, turn_keys):
             full, scale, window = n // 16 * 16, d**-0.5, c.window[layer]
             coded = pages.read(table, 0, full if dtype in SCALED and write_buffer else n)
             if dtype in SCALED and write_buffer:
-                found = oracle.attention_buffered(q, coded, own, 0, scale, window)[0]
+                found = oracle.attention_buffered(q, coded, own, 0, scale, window, 0, 64, 4)[0]
             else:
                 found = oracle.attention(q, *coded, 0, scale, window)[0]
             add("attention_error", layer, ((found - right) ** 2).reshape(n, heads, -1).sum((0, 2)))

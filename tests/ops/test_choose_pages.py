@@ -40,8 +40,10 @@ class Case:
         inner, end = self.inner, pos + 1
         if self.dtype not in oracle.SCALED:
             return inner.k[:end], inner.v[:end]
-        own = pos // 16 * 16 if self.buffered else end
-        return [np.concatenate([a[:own], b[own:end]]) for a, b in zip(inner.coded, (inner.k, inner.v), strict=True)]
+        if not self.buffered:
+            return [a[:end] for a in inner.coded]
+        own, few = pos // self.pages.residual * self.pages.residual, self.pages.n_first
+        return [np.concatenate([b[:few], a[few:own], b[own:end]]) for a, b in zip(inner.coded, (inner.k, inner.v), strict=True)]
 
     def choose(self, ctx, positions, tolerance, window=0, sinks=0):
         """(chosen, counts, masses) of decode rows at these positions, and their items."""

@@ -22,11 +22,13 @@ def uneven(rng, tokens, kv_heads, head_dim):
 
 
 class Stored:
-    """A sequence that rope_append writes: its pages, its two tails, and what was written."""
+    """A sequence that rope_append writes: its pages, its two tails, and what was written. narrow: stretches of 16, no first tokens in 16 bit."""
 
-    def __init__(self, rng, tokens, kv_heads, head_dim, page_size, dtype, buffered=True, layers=2):
+    def __init__(self, rng, tokens, kv_heads, head_dim, page_size, dtype, buffered=True, layers=2, narrow=False):
         n = -(-tokens // page_size)
-        self.pages = oracle.CodedPages(n + 2, layers, kv_heads, head_dim, page_size, dtype)
+        buffer = () if narrow else (oracle.widest(page_size), 4)
+        self.pages = oracle.CodedPages(n + 2, layers, kv_heads, head_dim, page_size, dtype, *buffer)
+        self.unit = self.pages.residual
         self.table = rng.permutation(n + 2)[:n].astype(np.int32)
         self.buffered, self.n = buffered, 0
         self.tail, self.next_tail = self.pages.new_tail(), self.pages.new_tail()
@@ -35,7 +37,7 @@ class Stored:
         item = self.table, row, length, self.n, prompt
         if not self.buffered:
             return item
-        own = self.pages.new_tail((self.n + length - 1) // BLOCK - self.n // BLOCK + 1)
+        own = self.pages.new_tail((self.n + length - 1) // self.unit - self.n // self.unit + 1)
         return *item, *(a.reshape(-1).view(np.uint8) for a in (self.tail, self.next_tail, own))
 
     def append(self, ctx, k, v, layer, prompt=True, commit=True):
@@ -47,21 +49,23 @@ class Stored:
             self.commit(m)
 
     def commit(self, length):
-        if self.n // BLOCK != (self.n + length) // BLOCK:
+        if self.n // self.unit != (self.n + length) // self.unit:
             self.tail, self.next_tail = self.next_tail, self.tail
         self.n += length
 
     def state(self):
         """All bytes that count."""
-        return self.pages.data.tobytes() + np.ascontiguousarray(self.tail[:, :, :, : self.n % BLOCK]).tobytes() * self.buffered
+        tail = np.ascontiguousarray(self.tail[:, :, :, : self.n % self.unit])
+        return self.pages.data.tobytes() + self.pages.firsts.tobytes() + tail.tobytes() * self.buffered
 
 
 def expect(stored, layer, k, v):
-    """The pages that a sequence of these rows has, all else poisoned; asserts the tail."""
+    """The pages that a sequence of these rows has, all else poisoned; asserts the tail and the first tokens."""
     right = stored.pages.blank()
     (right.write if stored.buffered else right.write_widened)(stored.table, layer, k, v)
     if stored.buffered:
-        begin = len(k) // BLOCK * BLOCK
+        assert np.array_equal(stored.pages.firsts, right.firsts), "the first tokens"
+        begin = len(k) // stored.unit * stored.unit
         for which, rows in enumerate((k, v)):
             tail = oracle.encode(rows[begin:], "bfloat16").transpose(1, 0, 2)
             assert np.array_equal(stored.tail[layer, which, :, : len(k) - begin], tail), "the tail"
@@ -71,13 +75,14 @@ def expect(stored, layer, k, v):
 
 @scaled
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("heads, kv_heads, head_dim, page_size", [(4, 2, 64, 48), (3, 1, 6, 16), (5, 5, 40, 32), (2, 1, 80, 512)])
-def test_append_against_oracle(ctx, rng, dtype, buffered, heads, kv_heads, head_dim, page_size):
+def test_append_against_oracle(ctx, rng, dtype, buffered, heads, kv_heads, head_dim, page_size, narrow):
     """Continuations inside a block, to its end, and over blocks and pages; decode rows that begin a block, are in one, and end one."""
     layer = 1
     shapes = [(5, 7, True), (5, 11, True), (0, 16, True), (9, 90, True), (0, 1, True), (32, 20, True), (15, 1, False), (16, 1, False)]
-    for before, length, prompt in [*shapes, (23, 1, False), (47, 1, False)]:
-        stored = Stored(rng, before + length, kv_heads, head_dim, page_size, dtype, buffered)
+    for before, length, prompt in [*shapes, (23, 1, False), (47, 1, False), (2, 1, False), (63, 1, False), (1, 200, True), (64, 65, True)]:
+        stored = Stored(rng, before + length, kv_heads, head_dim, page_size, dtype, buffered, narrow=narrow)
         k, v = (uneven(rng, before + length, kv_heads, head_dim) for _ in range(2))
         if before:
             stored.append(ctx, k[:before], v[:before], layer)
@@ -87,8 +92,8 @@ def test_append_against_oracle(ctx, rng, dtype, buffered, heads, kv_heads, head_
         rows, item = k[before:].copy(), stored.item(0, length, prompt)
         ctx.rope_append(q, rows, v[before:], cos, sin, **stored.pages.where, layer=layer, items=[item])
         k[before:] = rows  # rotated
-        if prompt and before // BLOCK != (before + length) // BLOCK:
-            assert np.array_equal(stored.tail, tail), "rows past the block touch the old tail: a step that fails could not be undone"
+        if prompt and before // stored.unit != (before + length) // stored.unit:
+            assert np.array_equal(stored.tail, tail), "rows past the stretch touch the old tail: a step that fails could not be undone"
         stored.commit(length)
         data = expect(stored, layer, k, v)
         assert np.array_equal(stored.pages.data, data), f"{length} rows after {before}, prompt {prompt}"
@@ -177,9 +182,12 @@ def test_codes_are_those_of_ml_dtypes(ctx, rng, dtype, name):
 class Case:
     """A sequence in randomly placed pages, layer 1 of 2, written by the oracle, and queries for every position."""
 
-    def __init__(self, rng, tokens, heads=4, kv_heads=2, head_dim=64, page_size=64, dtype="fp8_e4m3", buffered=True, size=1.0):
+    def __init__(
+        self, rng, tokens, heads=4, kv_heads=2, head_dim=64, page_size=64, dtype="fp8_e4m3", buffered=True, size=1.0, buffer=None
+    ):
         n = -(-tokens // page_size)
-        self.pages = oracle.CodedPages(n + 3, 2, kv_heads, head_dim, page_size, dtype)
+        buffer = buffer or (oracle.widest(page_size), 4)
+        self.pages = oracle.CodedPages(n + 3, 2, kv_heads, head_dim, page_size, dtype, *buffer)
         self.table = rng.permutation(n + 3)[:n].astype(np.int32)
         k, v = (uneven(rng, tokens, kv_heads, head_dim) / 64 + normal(rng, tokens, kv_heads, head_dim) for _ in range(2))
         k, v = k * np.float32(size), v * np.float32(size)
@@ -191,9 +199,12 @@ class Case:
         self.scale, self.buffered, self.poison, self.sinks = head_dim**-0.5, buffered, 0xFF, 0
 
     def hide(self, end):
-        """Pages as they are when only blocks before position `end` have codes: the rest is poison."""
+        """Pages as they are when only blocks before position `end` have codes: the rest is poison. So are codes that nobody reads."""
         pages = self.pages.blank()
         pages.data[:] = self.pages.data
+        pages.firsts[:] = self.pages.firsts
+        if self.buffered and end:
+            pages.page(self.table[0])[1, :, :, : pages.n_first] = self.poison
         for t in range(-(-end // BLOCK) * BLOCK, len(self.table) * pages.page_size, BLOCK):
             for which in (0, 1):
                 codes, scales = pages.block(self.table, 1, which, t)
@@ -202,13 +213,14 @@ class Case:
         return pages.where
 
     def item(self, row, length, pos, prompt):
-        table, first, end = self.table[: -(-(pos + length) // self.pages.page_size)].copy(), pos // BLOCK, pos + length
+        unit, end = self.pages.residual, pos + length
+        table, first = self.table[: -(-end // self.pages.page_size)].copy(), pos // unit
         if not self.buffered:
             return table, row, length, pos, prompt
-        blocks = np.full(((end - 1) // BLOCK - first + 1, *self.pages.tail_shape[1:]), self.poison * 0x0101, np.uint16)
+        blocks = np.full(((end - 1) // unit - first + 1, *self.pages.tail_shape[1:]), self.poison * 0x0101, np.uint16)
         for which, rows in enumerate(self.bits):
-            for t in range(first * BLOCK, end):
-                blocks[t // BLOCK - first, which, :, t % BLOCK] = rows[t]
+            for t in range(first * unit, end):
+                blocks[t // unit - first, which, :, t % unit] = rows[t]
         tail = np.full(self.pages.tail_shape, self.poison * 0x0101, np.uint16)
         if not prompt:
             tail[1], blocks = blocks[0], np.full_like(blocks, self.poison * 0x0101)
@@ -223,14 +235,16 @@ class Case:
 
     def rows(self, ctx, pos, length, prompt, window=0):
         """Output of the rows at positions pos.., as one item; blocks that they need not as codes are poisoned."""
-        coded = (pos + length - 1) // BLOCK * BLOCK if self.buffered else pos + length
+        unit = self.pages.residual
+        coded = (pos + length - 1) // unit * unit if self.buffered else pos + length
         return self.run(ctx, self.q[pos : pos + length].copy(), [self.item(0, length, pos, prompt)], window, coded)
 
     def check(self, ctx, pos, length, prompt, window=0):
         end = pos + length
         coded, sight = [a[:end] for a in self.coded], (window, self.sinks)
         if self.buffered:
-            wanted = oracle.attention_buffered(self.q[pos:end], coded, (self.k[:end], self.v[:end]), pos, self.scale, *sight)
+            buffer = self.pages.residual, self.pages.n_first
+            wanted = oracle.attention_buffered(self.q[pos:end], coded, (self.k[:end], self.v[:end]), pos, self.scale, *sight, *buffer)
         else:
             wanted = oracle.attention(self.q[pos:end], *coded, pos, self.scale, *sight)
         oracle.assert_close(self.rows(ctx, pos, length, prompt, window), wanted[0], BOUND * wanted[1])
@@ -264,6 +278,19 @@ def test_page_sizes(ctx, rng, page_size, buffered):
     for pos in (0, 15, 16, 511, 512, 543, 1199):
         case.check(ctx, pos, 1, prompt=False)
     case.check(ctx, 1000, 130, prompt=True)
+
+
+@scaled
+@pytest.mark.parametrize("residual, n_first", [(16, 0), (16, 16), (32, 0), (32, 1), (64, 0), (64, 4), (64, 16)])
+def test_stretches_and_first_tokens(ctx, rng, dtype, residual, n_first):
+    case = Case(rng, 400, 6, 2, 40, 64, dtype, buffer=(residual, n_first))
+    for pos in (0, 3, 31, 32, 63, 64, 65, 127, 128, 399):
+        case.check(ctx, pos, 1, prompt=False)
+    for window in (0, 3, 66, 350):
+        for case.sinks in (0, 2, 9):
+            case.check(ctx, 0, 140, prompt=True, window=window)
+            case.check(ctx, 352, 1, prompt=False, window=window)
+            case.check(ctx, 100, 60, prompt=True, window=window)
 
 
 @scaled

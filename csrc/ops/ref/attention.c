@@ -21,10 +21,11 @@ typedef struct {
 static stored find(const attention_job *job, int thread, int64_t reader, int64_t position, int64_t which, int64_t head)
 {
     const lco_kv_view *kv = job->args->kv;
-    const int64_t block = position / LCO_KV_BLOCK, slot = position % kv->page_size;
-    if (kv->buffered && block == reader / LCO_KV_BLOCK) {
-        const uint16_t *rows = lco_tail_rows(kv, lco_own_block(kv, job->item, block), which, head);
-        return (stored){(const uint8_t *)(rows + position % LCO_KV_BLOCK * kv->head_dim), LCO_BF16, 1};
+    const int64_t slot = position % kv->page_size, own = position - lco_coded_end(kv, reader);
+    if (kv->buffered && (own >= 0 || position < kv->n_first)) {
+        const uint16_t *rows = own >= 0 ? lco_tail_rows(kv, lco_own_stretch(kv, job->item, position), which, head) + own * kv->head_dim
+                                        : lco_first_rows(kv, job->item->table[0], which, head) + position * kv->head_dim;
+        return (stored){(const uint8_t *)rows, LCO_BF16, 1};
     }
     const uint8_t *slice = lco_kv_read(kv, thread, job->item->table[position / kv->page_size], -1, head, 1);
     stored s = {lco_read_codes(kv, slice, which, head), kv->dtype, 1};

@@ -60,12 +60,6 @@ static int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; 
 
 static lco_seen seen_at(const lco_attention_args *a, int64_t position) { return lco_seen_at(a->window, a->sinks, position); }
 
-/* Positions before this are read as codes by a query at `position`; the rest, in its own block, from 16 bit. */
-static int64_t coded_end(const lco_attention_args *a, int64_t position)
-{
-    return a->kv->buffered ? position / LCO_KV_BLOCK * LCO_KV_BLOCK : position + 1;
-}
-
 /* Pages that a decode item reads: table entries [0, sinks), then from `first` on, `count` in all; and how these are split. */
 typedef struct {
     int64_t sinks, first, count, per_split, n_splits;

@@ -421,17 +421,13 @@ static void decode_page(const attention_job *job, const unit *u, const float *sc
     }
 }
 
-/* Positions [begin, end) of the block that the query is in, from 16 bit. */
-static void decode_own_block(const attention_job *job, const unit *u, const float *scaled, int64_t begin, int64_t end)
+/* n positions in 16 bit. keys, values: of the first of them and of the unit's first head; heads are `stride` elements apart. */
+static void decode_rows(const attention_job *job, const unit *u, const float *scaled, const uint16_t *keys, const uint16_t *values,
+                        int64_t stride, int64_t n)
 {
-    const lco_kv_view *kv = job->args->kv;
-    uint8_t *own = lco_own_block(kv, u->item, begin / LCO_KV_BLOCK);
-    for (int64_t h = 0; h < u->heads; h++) {
-        const int64_t offset = begin % LCO_KV_BLOCK * kv->head_dim;
-        const uint16_t *keys = lco_tail_rows(kv, own, LCO_KEY, u->head + h) + offset;
-        const uint16_t *values = lco_tail_rows(kv, own, LCO_VALUE, u->head + h) + offset;
-        decode_block b = {.keys = (const uint8_t *)keys, .values = (const uint8_t *)values, .n = end - begin};
-        b.d = kv->head_dim;
+    for (int64_t h = 0; h < u->heads && n > 0; h++) {
+        decode_block b = {.keys = (const uint8_t *)(keys + h * stride), .values = (const uint8_t *)(values + h * stride), .n = n};
+        b.d = job->args->kv->head_dim;
         b.d_pad = job->d_pad;
         b.next_keys = job->group > 1 ? b.keys : NULL;
         b.next_values = job->group > 1 ? b.values : NULL;
@@ -439,10 +435,30 @@ static void decode_own_block(const attention_job *job, const unit *u, const floa
     }
 }
 
+/* Positions [begin, end) of the stretch that the query is in. */
+static void decode_own(const attention_job *job, const unit *u, const float *scaled, int64_t begin, int64_t end)
+{
+    const lco_kv_view *kv = job->args->kv;
+    uint8_t *own = lco_own_stretch(kv, u->item, begin);
+    const int64_t offset = begin % kv->residual * kv->head_dim;
+    decode_rows(job, u, scaled, lco_tail_rows(kv, own, LCO_KEY, u->head) + offset, lco_tail_rows(kv, own, LCO_VALUE, u->head) + offset,
+                kv->residual * kv->head_dim, end - begin);
+}
+
+/* Positions [begin, end) of the first few of the text. */
+static void decode_firsts(const attention_job *job, const unit *u, const float *scaled, int64_t begin, int64_t end)
+{
+    const lco_kv_view *kv = job->args->kv;
+    const int64_t page = u->item->table[0], offset = begin * kv->head_dim;
+    decode_rows(job, u, scaled, lco_first_rows(kv, page, LCO_KEY, u->head) + offset,
+                lco_first_rows(kv, page, LCO_VALUE, u->head) + offset, kv->n_first * kv->head_dim, end - begin);
+}
+
 static void decode_unit(const attention_job *job, const unit *u, int thread)
 {
     const lco_attention_args *a = job->args;
-    const int64_t page_size = a->kv->page_size, end = u->first + u->count, pos = u->item->pos, coded = coded_end(a, pos);
+    const int64_t page_size = a->kv->page_size, end = u->first + u->count, pos = u->item->pos, coded = lco_coded_end(a->kv, pos);
+    const int64_t n_first = a->kv->buffered && coded > 0 ? a->kv->n_first : 0;
     const lco_seen seen = seen_at(a, pos);
     const split_plan plan = plan_splits(a, u->item);
     float *scaled = scratch_of(job, thread);
@@ -450,8 +466,9 @@ static void decode_unit(const attention_job *job, const unit *u, int thread)
     load_decode_query(job, u, scaled, job->lifted);
     for (int64_t n = u->first; n < end; n++) {
         const int64_t page = page_at(&plan, n), start = page * page_size, stop = start + page_size < coded ? start + page_size : coded;
-        const int64_t sinks = seen.sinks < stop ? seen.sinks : stop, first = seen.first > start ? seen.first : start;
-        if ((sinks <= start && first >= stop) || !lco_page_chosen(a, u->item, u->head, page))
+        const int64_t from = start > n_first ? start : n_first; /* n_first is less than a page */
+        const int64_t sinks = seen.sinks < stop ? seen.sinks : stop, first = seen.first > from ? seen.first : from;
+        if ((sinks <= from && first >= stop) || !lco_page_chosen(a, u->item, u->head, page))
             continue;
         int64_t later = n + 1;
         while (later < end && !lco_page_chosen(a, u->item, u->head, page_at(&plan, later)))
@@ -459,18 +476,22 @@ static void decode_unit(const attention_job *job, const unit *u, int thread)
         const int32_t at = u->item->table[page], next = later < end ? u->item->table[page_at(&plan, later)] : at;
         const uint8_t *slice = lco_kv_read(a->kv, thread, at, next, u->head, u->heads);
         const uint8_t *after = lco_kv_away(a->kv, next) ? slice : lco_kv_slice(a->kv, next);
-        if (sinks > start)
-            decode_page(job, u, scaled, slice, after, 0, sinks - start);
+        if (sinks > from)
+            decode_page(job, u, scaled, slice, after, from - start, sinks - start);
         if (first < stop)
             decode_page(job, u, scaled, slice, after, first - start, stop - start);
     }
     if (job->lifted)
         order_sums(job, u);
-    if (coded > pos || end < plan.count)
-        return;
-    if (job->lifted)
+    const bool firsts = u->first == 0 && page_at(&plan, 0) == 0, own = coded <= pos && end == plan.count;
+    if (job->lifted && (firsts || own))
         load_decode_query(job, u, scaled, false);
-    if (seen.sinks > coded)
-        decode_own_block(job, u, scaled, coded, seen.sinks);
-    decode_own_block(job, u, scaled, seen.first > coded ? seen.first : coded, pos + 1);
+    if (firsts) {
+        decode_firsts(job, u, scaled, 0, seen.sinks < n_first ? seen.sinks : n_first);
+        decode_firsts(job, u, scaled, seen.first, n_first);
+    }
+    if (own) {
+        decode_own(job, u, scaled, coded, seen.sinks);
+        decode_own(job, u, scaled, seen.first > coded ? seen.first : coded, pos + 1);
+    }
 }

@@ -100,6 +100,19 @@ static void convert_any(const prompt_block *b, lco_dtype dtype, const uint8_t *k
         convert(b, LCO_F32, keys, values, NULL, NULL, at, skip, n);
 }
 
+/* Positions [first, end) of the first few of the text, over what their codes gave. */
+static void place_firsts(const attention_job *job, const unit *u, const prompt_block *b, int64_t first, int64_t end)
+{
+    const lco_kv_view *kv = job->args->kv;
+    const uint16_t *keys = lco_first_rows(kv, u->item->table[0], LCO_KEY, u->head);
+    const uint16_t *values = lco_first_rows(kv, u->item->table[0], LCO_VALUE, u->head);
+    for (int64_t t = first; t < end; t++)
+        for (int64_t i = 0; i < b->d; i++) {
+            b->keys[i * BLOCK + t] = lco_bf16_to_f32(keys[t * b->d + i]);
+            b->values[t * b->d_pad + i] = lco_bf16_to_f32(values[t * b->d + i]);
+        }
+}
+
 /* Positions [first, end) of the block that begins at `begin`, from one or more pages. Whole vectors of columns never cross a page. */
 static void convert_block(const attention_job *job, const unit *u, int thread, const prompt_block *b, int64_t begin, int64_t first,
                           int64_t end)
@@ -120,6 +133,8 @@ static void convert_block(const attention_job *job, const unit *u, int thread, c
         }
         convert_any(b, kv->dtype, keys, values, key_scales, value_scales, from - begin, skip, stop - from);
     }
+    if (kv->buffered && first < kv->n_first)
+        place_firsts(job, u, b, first, end < kv->n_first ? end : kv->n_first);
 }
 
 /* scores[r][column, column + vectors * VL) = q[r] . keys. */
@@ -260,7 +275,7 @@ static void store_rows(const attention_job *job, const unit *u, const prompt_blo
 }
 
 /* Every tile against the block of positions from `begin` on. Rows take of it their sinks (`sinks`), or what follows from their window on,
- * up to their own position or to the end of what they read as codes (`own`: the block is theirs, in 16 bit). */
+ * up to their own position or to the end of what they read as codes (`own`: the block is their stretch, in 16 bit). */
 static void attend_tiles(const attention_job *job, const prompt_block *b, int64_t first_pos, int64_t begin, int64_t end, bool own,
                          bool sinks)
 {
@@ -271,7 +286,7 @@ static void attend_tiles(const attention_job *job, const prompt_block *b, int64_
         for (int64_t r = 0; r < TILE_ROWS; r++) {
             const int64_t row = tile * TILE_ROWS + r, pos = first_pos + (row < b->rows ? row : b->rows - 1) / job->group;
             const lco_seen sees = seen_at(a, pos);
-            const int64_t from = sinks ? 0 : sees.first - begin, coded = coded_end(a, pos);
+            const int64_t from = sinks ? 0 : sees.first - begin, coded = lco_coded_end(a->kv, pos);
             int64_t stop = own ? pos + 1 : coded;
             stop = sinks && sees.sinks < stop ? sees.sinks : stop;
             const int64_t to = own && coded != begin ? 0 : (stop < end ? stop : end) - begin;
@@ -295,20 +310,20 @@ static void attend_codes(const attention_job *job, const unit *u, int thread, co
     }
 }
 
-/* A row takes its sinks first, and of each of the two what it reads as codes before what it reads from 16 bit of its own block. */
+/* A row takes its sinks first, and of each of the two what lies in pages before what lies in its own stretch. */
 static void prompt_unit(const attention_job *job, const unit *u, int thread)
 {
     const lco_attention_args *a = job->args;
-    const int64_t first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1, coded = coded_end(a, last_pos);
+    const int64_t first_pos = u->item->pos + u->first, last_pos = first_pos + u->count - 1, coded = lco_coded_end(a->kv, last_pos);
     const int64_t sinks = seen_at(a, last_pos).sinks;
     prompt_block b = carve(job, u, scratch_of(job, thread));
     load_queries(job, u, &b);
     if (sinks > 0)
         attend_codes(job, u, thread, &b, 0, sinks < coded ? sinks : coded, true);
     attend_codes(job, u, thread, &b, seen_at(a, first_pos).first, coded, false);
-    for (int64_t begin = coded_end(a, first_pos); a->kv->buffered && begin <= last_pos; begin += LCO_KV_BLOCK) {
-        const int64_t end = begin + LCO_KV_BLOCK;
-        uint8_t *own = lco_own_block(a->kv, u->item, begin / LCO_KV_BLOCK);
+    for (int64_t begin = lco_coded_end(a->kv, first_pos); a->kv->buffered && begin <= last_pos; begin += a->kv->residual) {
+        const int64_t end = begin + a->kv->residual;
+        uint8_t *own = lco_own_stretch(a->kv, u->item, begin);
         convert_any(&b, LCO_BF16, (const uint8_t *)lco_tail_rows(a->kv, own, LCO_KEY, u->head),
                     (const uint8_t *)lco_tail_rows(a->kv, own, LCO_VALUE, u->head), NULL, NULL, 0, 0,
                     (end <= last_pos ? end : last_pos + 1) - begin);
