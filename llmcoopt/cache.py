@@ -110,7 +110,7 @@ class KVCache:
         scales = checkpoint_scales(model, self.layer_dtypes, kv_scales)
         coded = any(name in SCALED for name in self.layer_dtypes)
         self.write_buffer = bool(write_buffer) and coded
-        residual = 0 if residual_length is None else _whole("residual_length", residual_length, 1)
+        residual = 0 if residual_length is None else _whole("residual_length", residual_length, 0)
         self.sink_length = (SINK_LENGTH if self.write_buffer else 0) if sink_length is None else _whole("sink_length", sink_length, 0) * coded
         if host_bytes is None and spill_path is not None:
             host_bytes = _limits.memory_bytes() // 2

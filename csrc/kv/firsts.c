@@ -16,8 +16,8 @@ lco_status lco_firsts_create(lco_kv *kv, lco_error *err)
     void *space =
         mmap(NULL, kv->first_bytes * (size_t)kv->n_pages, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (space == MAP_FAILED)
-        return lco_fail(err, LCO_ENOMEM, "address space for the first tokens of %lld pages could not be reserved: %s", (long long)kv->n_pages,
-                        strerror(errno));
+        return lco_fail(err, LCO_ENOMEM, "address space for the first tokens of %lld pages could not be reserved: %s",
+                        (long long)kv->n_pages, strerror(errno));
     kv->firsts = space;
     size_t at = 0;
     for (int32_t i = 0; i < kv->options.n_layers; i++) {

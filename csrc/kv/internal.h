@@ -65,7 +65,7 @@ lco_status lco_seq_room(lco_seq *seq, int64_t pages, int64_t tokens, lco_error *
 /* firsts.c */
 lco_status lco_firsts_create(lco_kv *kv, lco_error *err); /* nothing when all layers keep none */
 void lco_firsts_destroy(lco_kv *kv);
-void lco_firsts_release(lco_kv *kv, int32_t page);             /* the page is free: its memory goes back */
+void lco_firsts_release(lco_kv *kv, int32_t page);          /* the page is free: its memory goes back */
 void lco_firsts_copy(lco_kv *kv, int32_t to, int32_t from); /* when `from` begins a text, so does `to` */
 
 /* page.c */

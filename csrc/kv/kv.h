@@ -99,8 +99,9 @@ lco_status lco_seq_fork(const lco_seq *seq, lco_seq **out, lco_error *err);
 int64_t lco_seq_length(const lco_seq *seq);
 const int32_t *lco_seq_ids(const lco_seq *seq); /* of the tokens held; -1 where lco_seq_commit was not told */
 const int32_t *lco_seq_table(const lco_seq *seq);
-uint8_t *lco_seq_tail(const lco_seq *seq);      /* of the stretch being filled; NULL before the first reserve and without a write buffer */
-uint8_t *lco_seq_next_tail(const lco_seq *seq); /* where rows of a later unfinished one go, since lco_seq_open; lco_seq_commit makes it the tail */
+uint8_t *lco_seq_tail(const lco_seq *seq); /* of the stretch being filled; NULL before the first reserve and without a write buffer */
+uint8_t *
+lco_seq_next_tail(const lco_seq *seq); /* where rows of a later unfinished one go, since lco_seq_open; lco_seq_commit makes it the tail */
 lco_kv *lco_seq_cache(const lco_seq *seq);
 
 /* Makes room for n more tokens, all or nothing: new pages at the end, a copy of the last page when it is shared, and the tail.

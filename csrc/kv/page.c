@@ -36,8 +36,7 @@ static lco_status check_buffer(lco_kv_options *o, lco_error *err)
 {
     if (!o->write_buffer) {
         o->residual = 0;
-        return o->n_first == 0 ? LCO_OK
-                               : lco_fail(err, LCO_EINVAL, "sink_length = %d without a write_buffer, expected 0", o->n_first);
+        return o->n_first == 0 ? LCO_OK : lco_fail(err, LCO_EINVAL, "sink_length = %d without a write_buffer, expected 0", o->n_first);
     }
     for (int32_t n = LCO_KV_MOST_RESIDUAL; o->residual == 0; n -= LCO_KV_BLOCK)
         if (o->page_size % n == 0)
@@ -159,8 +158,8 @@ lco_status lco_kv_create(const lco_kv_options *options, lco_kv **out, lco_error 
         kv->views[i].base = kv->base + kv->views[i].slice_offset;
         kv->views[i].page_bytes = bytes;
     }
-    if ((status = lco_firsts_create(kv, err)) != LCO_OK || (status = lco_tier_create(kv, err)) != LCO_OK || (status = lco_prefix_create(kv, err)) != LCO_OK ||
-        (status = lco_bounds_create(kv, err)) != LCO_OK)
+    if ((status = lco_firsts_create(kv, err)) != LCO_OK || (status = lco_tier_create(kv, err)) != LCO_OK ||
+        (status = lco_prefix_create(kv, err)) != LCO_OK || (status = lco_bounds_create(kv, err)) != LCO_OK)
         goto fail;
     kv->options.spill_path = NULL;
     *out = kv;

@@ -33,7 +33,8 @@ static void quantise_block(const lco_rope_append_args *a, const lco_item *item, 
                            const uint16_t *rows)
 {
     const lco_kv_view *kv = a->kv;
-    const int64_t page = item->table[start / kv->page_size], in_page = start % kv->page_size / LCO_KV_BLOCK, n = LCO_KV_BLOCK * kv->head_dim;
+    const int64_t page = item->table[start / kv->page_size], in_page = start % kv->page_size / LCO_KV_BLOCK,
+                  n = LCO_KV_BLOCK * kv->head_dim;
     float *scale = lco_kv_scales(kv, page, which, head) + in_page;
     *scale = scale_for(kv, which, head, lco_largest_bf16(rows, n));
     lco_encode_run(lco_kv_codes(kv, page, which, head) + in_page * n, rows, n, *scale, kv->dtype);

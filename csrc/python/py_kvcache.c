@@ -69,7 +69,8 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"model",        "dtype",      "page_size",    "max_tokens",     "write_buffer",
                             "host_bytes",   "spill_path", "prefix_index", "turn_keys",      "layer_dtypes",
-                            "fixed_scales", "window",     "sinks",        "page_tolerance", "residual", "n_first", NULL};
+                            "fixed_scales", "window",     "sinks",        "page_tolerance", "residual",
+                            "n_first",      NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model, *layer_dtypes = Py_None, *fixed_scales = Py_None;
     Py_buffer scales = {0};
@@ -418,9 +419,10 @@ static PyType_Slot cache_slots[] = {
     {Py_tp_new, cache_new},
     {Py_tp_dealloc, cache_dealloc},
     {Py_tp_methods, cache_methods},
-    {Py_tp_doc, "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, "
-                "turn_keys=True, layer_dtypes=None, fixed_scales=None, window=0, sinks=0, page_tolerance=0.0, residual=0, n_first=0)\n--\n\n"
-                "A paged key/value cache shaped for a model."},
+    {Py_tp_doc,
+     "KVCache(model, dtype, page_size, max_tokens, write_buffer, host_bytes=0, spill_path=None, prefix_index=False, "
+     "turn_keys=True, layer_dtypes=None, fixed_scales=None, window=0, sinks=0, page_tolerance=0.0, residual=0, n_first=0)\n--\n\n"
+     "A paged key/value cache shaped for a model."},
     {0, NULL},
 };
 

@@ -162,8 +162,8 @@ PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
     OpContext *self = (OpContext *)object;
     PyThreadState *state;
     PyObject *result = NULL;
-    static const char *const names[] = {"q",         "k",        "v",     "cos",   "sin",    "cache",  "dtype",
-                                        "page_size", "n_layers", "layer", "items", "scales", "turned", "buffer", NULL};
+    static const char *const names[] = {"q",        "k",     "v",     "cos",    "sin",    "cache",  "dtype", "page_size",
+                                        "n_layers", "layer", "items", "scales", "turned", "buffer", NULL};
     PyObject *q_o, *k_o, *v_o, *cos_o, *sin_o, *cache_o, *items_o, *scales_o = Py_None, *buffer_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, turned = 0;
@@ -186,7 +186,8 @@ PyObject *lco_py_rope_append(PyObject *object, PyObject *args, PyObject *kw)
         !check_axis(cos, "cos", 0, m) || !check_axis(sin, "sin", 0, m) || !check_axis(cos, "cos", 1, d / 2) ||
         !check_axis(sin, "sin", 1, d / 2) || !check_packed(cos, "cos") || !check_packed(sin, "sin") ||
         !check(row_stride(k) == row_stride(v), "the row stride of v", row_stride(v), "that of k") ||
-        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer, buffer_o) || !take_items(&b, c, items_o, m))
+        !take_cache(&b, c, cache_o, dtype_name, page_size, n_layers, (int)k->shape[1], (int)d, layer, buffer_o) ||
+        !take_items(&b, c, items_o, m))
         goto done;
     c->kv.turned = turned;
     if (scales_o != Py_None) {
@@ -235,7 +236,7 @@ PyObject *lco_py_choose_pages(PyObject *object, PyObject *args, PyObject *kw)
     PyThreadState *state;
     PyObject *result = NULL;
     static const char *const names[] = {"chosen",     "counts", "masses", "q",     "bounds",    "cache",  "dtype", "page_size", "n_layers",
-                                        "n_kv_heads", "layer",  "items",  "scale", "tolerance", "window", "sinks", "buffer", NULL};
+                                        "n_kv_heads", "layer",  "items",  "scale", "tolerance", "window", "sinks", "buffer",    NULL};
     PyObject *chosen_o, *counts_o, *masses_o, *q_o, *bounds_o, *cache_o, *items_o, *buffer_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, n_kv_heads;
@@ -299,7 +300,8 @@ done:
 }
 
 const char lco_py_attention_doc[] =
-    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0, sinks=0, chosen=None, buffer=None)\n--\n\n"
+    "attention(out, q, cache, dtype, page_size, n_layers, n_kv_heads, layer, items, scale, window=0, sinks=0, chosen=None, "
+    "buffer=None)\n--\n\n"
     "Causal attention of q[m, heads, d] over the cache into out[m, heads, d]; rows may be strided. cache, dtype and items as in\n"
     "rope_append; window > 0: only the newest `window` positions and those below `sinks`. chosen: uint64\n"
     "[items, kv_heads, words] of choose_pages.";
@@ -309,8 +311,8 @@ PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
     OpContext *self = (OpContext *)object;
     PyThreadState *state;
     PyObject *result = NULL;
-    static const char *const names[] = {"out",   "q",     "cache", "dtype",  "page_size", "n_layers", "n_kv_heads",
-                                        "layer", "items", "scale", "window", "sinks",     "chosen",   "buffer", NULL};
+    static const char *const names[] = {"out",   "q",     "cache",  "dtype", "page_size", "n_layers", "n_kv_heads", "layer",
+                                        "items", "scale", "window", "sinks", "chosen",    "buffer",   NULL};
     PyObject *out_o, *q_o, *cache_o, *items_o, *chosen_o = Py_None, *buffer_o = Py_None;
     const char *dtype_name;
     int page_size, n_layers, n_kv_heads;
@@ -318,8 +320,9 @@ PyObject *lco_py_attention(PyObject *object, PyObject *args, PyObject *kw)
     float scale;
     bag b = {.n = 0};
     const Py_buffer *out, *q, *chosen = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|LLOO:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name, &page_size,
-                                     &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window, &sinks, &chosen_o, &buffer_o))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOsiiiLO!f|LLOO:attention", (char **)names, &out_o, &q_o, &cache_o, &dtype_name,
+                                     &page_size, &n_layers, &n_kv_heads, &layer, &PyList_Type, &items_o, &scale, &window, &sinks, &chosen_o,
+                                     &buffer_o))
         return NULL;
     cache_call *c = PyMem_Calloc(1, sizeof *c);
     if (c == NULL)

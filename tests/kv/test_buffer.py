@@ -26,7 +26,7 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=[16, 48], ids=["page16", "page48"])
+@pytest.fixture(params=[16, 48, 128], ids=["page16", "page48", "page128"])
 def cache(request, model, dtype):
     with llmcoopt.KVCache(model, dtype, page_size=request.param, max_tokens=8192) as cache:
         yield cache
@@ -104,9 +104,10 @@ def test_forks_go_their_own_way(model, cache, length):
         assert np.array_equal(continuation(model, seq.fork(), IDS[i * 100 + 200 :]), right[i]), i
 
 
-@pytest.mark.parametrize("length, longer", [(0, 40), (16, 17), (48, 64), (64, 100), (96, 230)])
-def test_cut_at_a_block_s_end(model, cache, length, longer):
+@pytest.mark.parametrize("stretches, more", [(0, 40), (1, 1), (2, 50), (3, 130)])
+def test_cut_at_a_stretch_s_end(model, cache, stretches, more):
     """As if it had never been longer."""
+    length, longer = stretches * cache.residual_length, stretches * cache.residual_length + more
     lone, seq = cache.sequence(), cache.sequence()
     if length:
         model.forward(IDS[:length], lone)
@@ -116,7 +117,7 @@ def test_cut_at_a_block_s_end(model, cache, length, longer):
 
 
 @pytest.mark.parametrize("length, longer", [(5, 11), (66, 79), (65, 70), (33, 47)])
-def test_cut_inside_the_block_being_filled(model, cache, length, longer):
+def test_cut_inside_the_stretch_being_filled(model, cache, length, longer):
     lone, seq, decoded = (cache.sequence() for _ in range(3))
     model.forward(IDS[:length], lone)
     model.forward(IDS[:longer], seq)
@@ -129,7 +130,7 @@ def test_cut_inside_the_block_being_filled(model, cache, length, longer):
 
 
 @pytest.mark.parametrize("length", [1, 15, 40, 63])
-def test_cut_inside_a_quantised_block(model, cache, length):
+def test_cut_inside_a_full_stretch(model, cache, length):
     """Its rows come back as their codes say: near, and the same every time."""
     lone, seq, again = (cache.sequence() for _ in range(3))
     model.forward(IDS[:length], lone)
@@ -220,14 +221,15 @@ def test_bytes(model, dtype):
 
 def test_counters(model, cache):
     c = model.config
-    tails = 2 * c.num_hidden_layers * 2 * c.num_key_value_heads * 16 * c.head_dim * 2
+    tails = c.num_hidden_layers * 2 * c.num_key_value_heads * cache.residual_length * c.head_dim * 2
+    beside = c.num_hidden_layers * 2 * c.num_key_value_heads * 4 * c.head_dim * 2
 
     def counts():
         s = cache.stats()
         return s["blocks_quantised"], s["tail_bytes"]
 
     seq = cache.sequence()
-    assert counts() == (0, 0)
+    assert counts() == (0, 0) and cache.stats()["first_bytes"] == 0
     model.forward(IDS[:15], seq)
     assert counts() == (0, tails)
     model.forward(IDS[:1], seq)
@@ -235,7 +237,7 @@ def test_counters(model, cache):
     model.forward(IDS[:100], seq)
     assert counts() == (7, tails)
     fork = seq.fork()
-    assert counts() == (7, 2 * tails)
+    assert counts() == (7, 2 * tails) and cache.stats()["first_bytes"] == beside, "the fork shares the first page"
     steps(model, fork, IDS[:12], *[1] * 12)
     assert counts() == (8, 2 * tails)
     fork.free()

@@ -29,18 +29,18 @@ def layer_alone(model, dtype, page_size, layer, seen, pieces, write_buffer):
     n, d = len(seen["k", layer]), c.head_dim
     q, k, v = (seen[p, layer].reshape(n, -1, d) for p in ("q", "k", "v"))
     ctx = _core.OpContext(model.isa, 2)
-    kind = oracle.CodedPages if dtype in SCALED else oracle.Pages
-    pages = kind(-(-n // page_size), 1, c.num_key_value_heads, d, page_size, dtype)
+    kind, buffer = (oracle.CodedPages, (oracle.widest(page_size), 4)) if dtype in SCALED else (oracle.Pages, ())
+    pages, unit = kind(-(-n // page_size), 1, c.num_key_value_heads, d, page_size, dtype, *buffer), oracle.widest(page_size)
     table, out, at = np.arange(-(-n // page_size), dtype=np.int32), np.empty_like(q), 0
     tails = [pages.new_tail(), pages.new_tail()] if dtype in SCALED and write_buffer else []
     for m in pieces:
-        own = [pages.new_tail((at + m - 1) // 16 - at // 16 + 1)] if tails else []
+        own = [pages.new_tail((at + m - 1) // unit - at // unit + 1)] if tails else []
         items = [(table, 0, m, at, m > 1, *(a.reshape(-1).view(np.uint8) for a in (*tails, *own)))]
         rows = slice(at, at + m)
         one, zero = np.ones((m, d // 2), np.float32), np.zeros((m, d // 2), np.float32)
         ctx.rope_append(q[rows].copy(), k[rows].copy(), v[rows], one, zero, **pages.where, layer=0, items=items)
         ctx.attention(out[rows], q[rows], **pages.where, n_kv_heads=c.num_key_value_heads, layer=0, items=items, scale=d**-0.5)
-        if (at + m) // 16 > at // 16:
+        if (at + m) // unit > at // unit:
             tails.reverse()
         at += m
     return out.reshape(n, -1)
@@ -108,8 +108,8 @@ def test_forks_cuts_and_errors_leave_no_trace(model):
             assert np.array_equal(model.forward(other[:50], first), alone(n, 50)), n
             whole = cache.sequence()
             model.forward(ids[:150], whole)
-            whole.truncate(n // 16 * 16 or 150)
-            assert np.array_equal(model.forward(other[:20], whole), alone(n // 16 * 16 or 150, 20)), n
+            whole.truncate(n // 48 * 48 or 150)
+            assert np.array_equal(model.forward(other[:20], whole), alone(n // 48 * 48 or 150, 20)), n
             cache.check()
 
 
@@ -166,7 +166,7 @@ def test_bytes_and_words(model):
         stats = cache.stats()
         assert stats["page_bytes"] == sum(sizes.get(dtype, coded) for dtype in MIXED)
         assert stats["bytes_per_token"] == stats["page_bytes"] // page
-        assert stats["tail_bytes"] == 2 * 3 * 2 * 16 * c.num_key_value_heads * c.head_dim * 2  # of the three layers of one-byte codes
+        assert stats["tail_bytes"] == 3 * 2 * 64 * c.num_key_value_heads * c.head_dim * 2  # of the three layers of one-byte codes
         assert cache.layer_dtypes == tuple(MIXED)
     with llmcoopt.KVCache(model, {"default": "fp8", 0: "bfloat16", -1: "bfloat16"}) as cache:
         assert cache.layer_dtypes == ("bfloat16", *["fp8_e4m3"] * 4, "bfloat16") and cache.dtype == "fp8_e4m3"

@@ -39,17 +39,17 @@ def decode(model, seq, ids=NEXT):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pages_are_left_out_within_the_tolerance(model, dtype):
-    with cache_of(model, dtype, None) as exact, cache_of(model, dtype, 0.01) as cut, cache_of(model, dtype, 0.3) as coarse:
+    with cache_of(model, dtype, None) as exact, cache_of(model, dtype, 0.001) as cut, cache_of(model, dtype, 0.3) as coarse:
         sequences = [c.sequence() for c in (exact, cut, coarse)]
         right, found, far = ((model.forward(IDS, seq, last_only=True), decode(model, seq)) for seq in sequences)
         assert np.array_equal(right[0], found[0]), "prompt rows read everything"
         stats, loose = cut.stats(), coarse.stats()
-        assert 0 < stats["largest_mass_left_out"] <= 0.01001 and stats["pages_left_out"] > 1000
+        assert 0 < stats["largest_mass_left_out"] <= 0.001001 and stats["pages_left_out"] > 1000
         assert loose["pages_left_out"] > stats["pages_left_out"] and 0.01 < loose["largest_mass_left_out"] <= 0.3001
         pages = 2 * 2 * sum(pos // 16 + 1 for pos in range(640, 700))
         assert stats["pages_read"] + stats["pages_left_out"] == pages
         errors = [np.abs(a[1] - right[1]).max() / np.abs(right[1]).max() for a in (found, far)]
-        assert 0 < errors[0] < 0.05
+        assert 0 < errors[0] < 0.05, "not with a larger tolerance: queries 12 times their size may turn to another page"
         assert exact.stats()["pages_read"] == exact.stats()["largest_mass_left_out"] == exact.stats()["bounds_bytes"] == 0
         assert stats["bounds_bytes"] == 44 * 2 * 2 * 2 * 6 * 2
         cut.check()

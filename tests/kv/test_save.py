@@ -129,8 +129,8 @@ def test_files_that_are_none(model, tmp_path, saved):
         refused(model, path, FormatError, re.escape(str(path)))
     whole = saved.read_bytes()
     version = tmp_path / "version"
-    version.write_bytes(whole.replace(b'"version": "1"', b'"version": "9"'))
-    refused(model, version, FormatError, "version '9' of the format, this package reads 1")
+    version.write_bytes(whole.replace(b'"version": "2"', b'"version": "9"'))
+    refused(model, version, FormatError, "version '9' of the format, this package reads 2")
 
 
 def test_damage_is_found(model, saved, tmp_path):

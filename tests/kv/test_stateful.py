@@ -22,6 +22,8 @@ OPTIONS = {
     "bfloat16": {"dtype": "bfloat16", "page_size": 32},
     "fp8_e4m3": {"dtype": "fp8_e4m3", "page_size": 32},
     "fp8_e5m2": {"dtype": "fp8_e5m2"},
+    "narrow": {"dtype": "fp8_e4m3", "page_size": 48, "residual_length": 16, "sink_length": 0},
+    "two stretches": {"dtype": "int8", "page_size": 64, "residual_length": 32, "sink_length": 9},
     "int8": {"dtype": "int8", "page_size": 48},
     "unbuffered": {"dtype": "fp8_e4m3", "write_buffer": False},
     "prefix": {"dtype": "fp8_e4m3", "prefix_cache": True},
@@ -35,7 +37,7 @@ OPTIONS = {
     "spilled bfloat16": {"dtype": "bfloat16", "page_size": 32, "hot_pages": 5},
 }
 # Options that the plain model shares: the others may not change a bit.
-EXACT = ("dtype", "page_size", "write_buffer", "attention_window", "attention_sinks")
+EXACT = ("dtype", "page_size", "write_buffer", "residual_length", "sink_length", "attention_window", "attention_sinks")
 
 counts = st.one_of(st.just(1), st.integers(1, 40))
 seeds = st.integers(0, 2)
@@ -64,10 +66,10 @@ class Plain:
     def append(self, ids):
         self.steps.append(list(ids))
 
-    def truncate(self, length, exact):
-        """`exact`: nothing shows that the sequence was longer just now. Nothing at all does, unless an earlier cut, in a block that begins before
-        `length`, was not."""
-        forget = exact and all(length <= step // 16 * 16 for step in self.steps if isinstance(step, int))
+    def truncate(self, length, exact, unit):
+        """`exact`: nothing shows that the sequence was longer just now. Nothing at all does, unless an earlier cut, in a stretch of `unit` that begins
+        before `length`, was not."""
+        forget = exact and all(length <= step // unit * unit for step in self.steps if isinstance(step, int))
         self.steps = [self.ids[:length]] if forget else [*self.steps, length]
 
     def replay(self, model, options):
@@ -90,6 +92,7 @@ class Cache(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.cache = llmcoopt.KVCache(self.model, **{"page_size": 16, "max_tokens": 480} | self.options)
+        self.unit = self.cache.residual_length or 16
         self.live = []
         self.plain_options = {"page_size": 16} | {name: value for name, value in self.options.items() if name in EXACT}
 
@@ -164,20 +167,20 @@ class Cache(RuleBasedStateMachine):
     def truncate(self, pair, share, whole):
         sequence, plain = pair
         length = len(sequence) * share // 100
-        length -= length % 16 if whole else 0
+        length -= length % self.unit if whole else 0
         try:
             sequence.truncate(length)
         except ArgumentError as error:
-            assert "attention_window" in self.options and "left the window" in str(error) and length < plain.longest - 16
+            assert "attention_window" in self.options and "left the window" in str(error) and length < plain.longest - self.cache.page_size
             return
-        plain.truncate(length, self.is_exact(length, len(plain.ids)))
+        plain.truncate(length, self.is_exact(length, len(plain.ids)), self.unit)
 
     def is_exact(self, length, before):
-        """Of a cut from `before` to `length`, docs/cache.md: multiples of 16, the block being filled. Without a write buffer it shows how a
+        """Of a cut from `before` to `length`, docs/cache.md: whole stretches, the one being filled. Without a write buffer it shows how a
         sequence was put together, since a block is scaled again and again."""
         if self.cache.dtype not in llmcoopt.cache.SCALED:
             return True
-        return self.cache.write_buffer and (length % 16 == 0 or length // 16 == before // 16)
+        return self.cache.write_buffer and (length % self.unit == 0 or length // self.unit == before // self.unit)
 
     @rule(target=sequences, pair=sequences)
     def save_and_load(self, pair):
@@ -188,13 +191,11 @@ class Cache(RuleBasedStateMachine):
                 (loaded,) = self.cache.load(f"{folder}/saved")
             except OutOfPagesError:
                 return multiple()
-        if (
-            len(sequence) % 16 and self.cache.write_buffer
-        ):  # what truncate() would come back to is not saved: go on from a block's beginning
-            length = len(sequence) // 16 * 16
+        if len(sequence) % self.unit and self.cache.write_buffer:
+            length = len(sequence) // self.unit * self.unit  # what truncate() would come back to is not saved: go on from a stretch's beginning
             loaded.truncate(length)
             shorter = Plain(plain.steps, plain.longest)
-            shorter.truncate(length, self.is_exact(length, len(plain.ids)))
+            shorter.truncate(length, self.is_exact(length, len(plain.ids)), self.unit)
             return self.keep(loaded, shorter)
         return self.keep(loaded, Plain(plain.steps, plain.longest))
 

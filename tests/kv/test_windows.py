@@ -52,7 +52,7 @@ def most_pages(cache, window=WINDOW, sinks=0, prompt=False):
 
 
 def plain(model, dtype, **options):
-    return llmcoopt.KVCache(model, dtype, page_size=512, max_tokens=8192, **options)
+    return llmcoopt.KVCache(model, dtype, page_size=512, max_tokens=8192, residual_length=page_size(model), **options)
 
 
 @pytest.mark.parametrize("sight", [{}, {"attention_window": 21, "attention_sinks": 5}], ids=["window", "sinks"])

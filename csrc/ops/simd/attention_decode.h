@@ -450,8 +450,8 @@ static void decode_firsts(const attention_job *job, const unit *u, const float *
 {
     const lco_kv_view *kv = job->args->kv;
     const int64_t page = u->item->table[0], offset = begin * kv->head_dim;
-    decode_rows(job, u, scaled, lco_first_rows(kv, page, LCO_KEY, u->head) + offset,
-                lco_first_rows(kv, page, LCO_VALUE, u->head) + offset, kv->n_first * kv->head_dim, end - begin);
+    decode_rows(job, u, scaled, lco_first_rows(kv, page, LCO_KEY, u->head) + offset, lco_first_rows(kv, page, LCO_VALUE, u->head) + offset,
+                kv->n_first * kv->head_dim, end - begin);
 }
 
 static void decode_unit(const attention_job *job, const unit *u, int thread)
