@@ -29,8 +29,8 @@ class KVCache:
         dtype: element type of keys and values: "fp8_e4m3" (also "fp8"), "fp8_e5m2", "int8": one byte and a scale for each block of 16 tokens, kv
             head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own. A list has the type of each layer; a dict has types of
             single layers, and as "default" that of all others: {"default": "fp8_e4m3", 0: "bfloat16", -1: "bfloat16"}.
-        write_buffer: one-byte types only: keep the newest tokens of a sequence in 16 bit and quantise them once, 16 at a time, with the scale of their
-            largest value. False: quantise every token as it comes.
+        write_buffer: one-byte types only: keep the newest tokens of a sequence in 16 bit and quantise them once, 16 at a time, with the scale of
+            their largest value. False: quantise every token as it comes.
         residual_length: with write_buffer: how many tokens that are. A token attends in 16 bit to those from the last multiple of residual_length on,
             in one byte to those before. A multiple of 16, at most 64, that divides page_size; None: the largest.
         sink_length: with write_buffer: the first tokens of a sequence that stay in 16 bit for good, 0 to 16. Most tokens attend to the very first
@@ -111,7 +111,8 @@ class KVCache:
         coded = any(name in SCALED for name in self.layer_dtypes)
         self.write_buffer = bool(write_buffer) and coded
         residual = 0 if residual_length is None else _whole("residual_length", residual_length, 0)
-        self.sink_length = (SINK_LENGTH if self.write_buffer else 0) if sink_length is None else _whole("sink_length", sink_length, 0) * coded
+        sinks = SINK_LENGTH * bool(write_buffer) if sink_length is None else _whole("sink_length", sink_length, 0)
+        self.sink_length = sinks if coded else 0
         if host_bytes is None and spill_path is not None:
             host_bytes = _limits.memory_bytes() // 2
         if host_bytes is not None and (isinstance(host_bytes, bool) or not isinstance(host_bytes, int | np.integer) or host_bytes < 1):
@@ -148,13 +149,13 @@ class KVCache:
     def stats(self) -> dict:
         """Exact counters: pages_total, pages_free, pages_shared, pages_away (in the spill file and not in memory), sequences, tokens_held,
         page_bytes, bytes_per_token, reserved_bytes (address space), resident_bytes (memory in use now, as the system counts it), tail_bytes and
-        first_bytes (beside the pages: write buffers of all sequences, and first tokens in 16 bit), and since the cache was made tokens_appended, blocks_quantised (16 tokens of all
-        layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and bytes_fetched (a slice: a layer of a page
-        that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the system ahead), bytes_written (codes, scales
-        and 16-bit rows that went to pages), and writes_skipped: tokens not computed and written, by reason: "padding" (masked out), "prefix" (found
-        in the prefix index), "duplicate" (the sequence held them already: `Sequence.keep`). pages_cached: held by the prefix index alone.
-        pages_released: left the window. pages_read and pages_left_out, largest_mass_left_out, step_mass_left_out, bounds_bytes: of page_tolerance
-        (docs/cache.md)."""
+        first_bytes (beside the pages: write buffers of all sequences, and first tokens in 16 bit), and since the cache was made tokens_appended,
+        blocks_quantised (16 tokens of all layers and heads), pages_copied, pages_spilled (sent away) and pages_restored, slices_fetched and
+        bytes_fetched (a slice: a layer of a page that is away, read for attention), prefetches_issued and prefetches_used (reads announced to the
+        system ahead), bytes_written (codes, scales and 16-bit rows that went to pages), and writes_skipped: tokens not computed and written, by
+        reason: "padding" (masked out), "prefix" (found in the prefix index), "duplicate" (the sequence held them already: `Sequence.keep`).
+        pages_cached: held by the prefix index alone. pages_released: left the window. pages_read and pages_left_out, largest_mass_left_out,
+        step_mass_left_out, bounds_bytes: of page_tolerance (docs/cache.md)."""
         stats = self._core.stats()
         return stats | {"writes_skipped": self._skipped | {"prefix": stats.pop("tokens_found")}}
 
@@ -185,8 +186,8 @@ class KVCache:
 
     def load(self, path) -> list["Sequence"]:
         """The sequences of a file that `save` wrote, as new sequences of this cache, which must be like the one that they came from: element types,
-        page_size, write_buffer, residual_length, sink_length, turn_keys, kv_scales, window and sinks, and above all the model; ArgumentError says what differs. FormatError for
-        damaged files (every page has a checksum), OutOfPagesError; then the cache is as it was."""
+        page_size, write_buffer, residual_length, sink_length, turn_keys, kv_scales, window and sinks, and above all the model; ArgumentError says
+        what differs. FormatError for damaged files (every page has a checksum), OutOfPagesError; then the cache is as it was."""
         from .cache_file import CacheFile
 
         return [Sequence(self, core) for core in CacheFile(path).load(self)]

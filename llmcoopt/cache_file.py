@@ -153,7 +153,9 @@ class CacheFile:
                     raise FormatError(f"{self.path}: a table names page {rows.max()} of {len(numbers)}")
             beginnings, each = _beginnings(tables), cache._first_bytes
             if len(self.firsts) != len(beginnings) * each:
-                raise FormatError(f"{self.path}: first tokens in {len(self.firsts)} bytes, expected {each} for each of {len(beginnings)} pages")
+                raise FormatError(
+                    f"{self.path}: first tokens in {len(self.firsts)} bytes, expected {each} for each of {len(beginnings)} pages"
+                )
             for i, row in enumerate(beginnings):
                 core.first_in(numbers[row], self.firsts[i * each : (i + 1) * each])
             for image, rows, (ids, _, tail) in zip(self.images, tables, self.parts, strict=True):

@@ -233,8 +233,7 @@ def cache_report(
         at_once = max(1, ROOM // (row * len(ids)))
         for first in range(0, len(types), at_once):
             layers = {
-                i: _Layer(context, config, i, types[i], buffer, turn_keys, scales)
-                for i in range(first, min(first + at_once, len(types)))
+                i: _Layer(context, config, i, types[i], buffer, turn_keys, scales) for i in range(first, min(first + at_once, len(types)))
             }
             tap = Tap(["q", "k", "v"], lambda point, layer, rows, layers=layers: layers[layer].add(point, rows), layers)
             with KVCache(model, max_tokens=len(ids)) as cache:

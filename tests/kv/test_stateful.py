@@ -67,8 +67,8 @@ class Plain:
         self.steps.append(list(ids))
 
     def truncate(self, length, exact, unit):
-        """`exact`: nothing shows that the sequence was longer just now. Nothing at all does, unless an earlier cut, in a stretch of `unit` that begins
-        before `length`, was not."""
+        """`exact`: nothing shows that the sequence was longer just now. Nothing at all does, unless an earlier cut, in a stretch of `unit` that
+        begins before `length`, was not."""
         forget = exact and all(length <= step // unit * unit for step in self.steps if isinstance(step, int))
         self.steps = [self.ids[:length]] if forget else [*self.steps, length]
 
@@ -192,7 +192,8 @@ class Cache(RuleBasedStateMachine):
             except OutOfPagesError:
                 return multiple()
         if len(sequence) % self.unit and self.cache.write_buffer:
-            length = len(sequence) // self.unit * self.unit  # what truncate() would come back to is not saved: go on from a stretch's beginning
+            # What truncate() would come back to is not saved: go on from a stretch's beginning.
+            length = len(sequence) // self.unit * self.unit
             loaded.truncate(length)
             shorter = Plain(plain.steps, plain.longest)
             shorter.truncate(length, self.is_exact(length, len(plain.ids)), self.unit)

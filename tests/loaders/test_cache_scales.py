@@ -112,7 +112,7 @@ def attended_by_hand(seen, layer, scales, d):
     for x, scale in zip(own, scales, strict=True):
         scale = scale[None, :, None]
         coded.append(values[oracle.encode_scaled(x * (np.float32(1) / scale), np.float32(1), "fp8_e4m3")] * scale.astype(np.float64))
-    return oracle.attention_buffered(q, coded, own, 0, d**-0.5)
+    return oracle.attention_buffered(q, coded, own, 0, d**-0.5, 0, 0, 64, 4)
 
 
 def test_the_scales_are_used(tmp_path, isa):

@@ -182,9 +182,7 @@ def test_codes_are_those_of_ml_dtypes(ctx, rng, dtype, name):
 class Case:
     """A sequence in randomly placed pages, layer 1 of 2, written by the oracle, and queries for every position."""
 
-    def __init__(
-        self, rng, tokens, heads=4, kv_heads=2, head_dim=64, page_size=64, dtype="fp8_e4m3", buffered=True, size=1.0, buffer=None
-    ):
+    def __init__(self, rng, tokens, heads=4, kv_heads=2, head_dim=64, page_size=64, dtype="fp8_e4m3", buffered=True, size=1.0, buffer=None):
         n = -(-tokens // page_size)
         buffer = buffer or (oracle.widest(page_size), 4)
         self.pages = oracle.CodedPages(n + 3, 2, kv_heads, head_dim, page_size, dtype, *buffer)
