@@ -74,8 +74,8 @@ def accuracies(model, passages, caches) -> list[float]:
     return right
 
 
-def read_passages(path, tokenizer, count):
-    texts = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()[:count]]
+def read_passages(path, tokenizer, skip, count):
+    texts = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()[skip:][:count]]
     for text in texts:
         before, word = text.rsplit(" ", 1)
         yield tokenizer.encode(before, add_special_tokens=False), tokenizer.encode(" " + word, add_special_tokens=False)
@@ -89,7 +89,8 @@ def main():
     parser.add_argument("--windows", type=int, help="so many (default: all whole ones)")
     parser.add_argument("--skip", type=int, default=0, help="windows at the beginning left out")
     parser.add_argument("--lambada", help="accuracy on this file: JSON lines with `text`")
-    parser.add_argument("--passages", type=int, help="the first so many (default: all)")
+    parser.add_argument("--passages", type=int, help="so many (default: all)")
+    parser.add_argument("--skip-passages", type=int, default=0, help="passages at the beginning left out")
     parser.add_argument("--caches", nargs="+", default=["bfloat16", "fp8_e4m3", "int8"], help="dtype, or dtype,option=value,...")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--isa")
@@ -102,8 +103,9 @@ def main():
         ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8"), add_special_tokens=False)
         windows = [ids[at : at + args.window] for at in range(0, len(ids) - args.window + 1, args.window)][args.skip :][: args.windows]
         rows = perplexities(model, windows, args.caches)
+        print(*rows, sep="\n", file=sys.stderr)
     if args.lambada:
-        passages = list(read_passages(args.lambada, tokenizer, args.passages))
+        passages = list(read_passages(args.lambada, tokenizer, args.skip_passages, args.passages))
         for row, right in zip(rows, accuracies(model, passages, args.caches), strict=True):
             row |= {"passages": len(passages), "lambada_percent": f"{right:.2f}"}
     writer = csv.DictWriter(args.csv, list(rows[0]))
