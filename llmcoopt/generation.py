@@ -222,15 +222,18 @@ class Generation:
 
     @property
     def stats(self) -> dict:
-        """prompt_tokens, new_tokens, seconds to the first token, decode_tokens_per_second, cache (its stats), engine (steps and seconds)."""
+        """prompt_tokens, cached_tokens (those of them that were found in the cache's prefix index and not computed; of a preempted request, the
+        first time), new_tokens, seconds to the first token, decode_tokens_per_second, cache (its stats), engine (steps and seconds)."""
         first, last, n = self._first, self._last, len(self.ids)
+        core = self._final_stats or self._core_stats()
         return {
             "prompt_tokens": len(self.prompt),
+            "cached_tokens": core["engine"]["cached_tokens"],
             "new_tokens": n,
             "time_to_first_token": first - self._started if first else None,
             "prompt_tokens_per_second": len(self.prompt) / (first - self._started) if first else None,
             "decode_tokens_per_second": (n - 1) / (last - first) if n > 1 and last > first else None,
-            **(self._final_stats or self._core_stats()),
+            **core,
         }
 
     def _core_stats(self) -> dict:
