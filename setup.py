@@ -49,8 +49,9 @@ def flags_for(path):
 
 
 def sanitizers():
+    """-O1, the last one named: at -O3 the checks of attention's loops take the compiler minutes."""
     kinds = os.environ.get("LLMCOOPT_SANITIZE")
-    return [f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"] if kinds else []
+    return ["-O1", f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"] if kinds else []
 
 
 def compiler():
