@@ -4,6 +4,7 @@ Which instruction set a source may use is decided by its folder, in FLAGS below,
 loaded. `python setup.py build_ctest` builds the C tests. LLMCOOPT_SANITIZE=address,undefined builds either with sanitizers.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +33,8 @@ FLAGS = {
 }
 X86_ONLY = ("csrc/ops/avx2", "csrc/ops/avx512", "csrc/ops/amx")
 LINK = ["-pthread", "-lm"]
+OBJECTS = ROOT / "build/objects"
+KEPT = 8  # objects of a source: the extension's and the tests', with sanitizers too, and those of another branch
 
 
 def sources(python):
@@ -45,8 +49,9 @@ def flags_for(path):
 
 
 def sanitizers():
+    """-O1, the last one named: at -O3 the checks of attention's loops take the compiler minutes."""
     kinds = os.environ.get("LLMCOOPT_SANITIZE")
-    return [f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"] if kinds else []
+    return ["-O1", f"-fsanitize={kinds}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g"] if kinds else []
 
 
 def compiler():
@@ -67,16 +72,28 @@ def python_include():
     return include
 
 
-def compile_all(paths, out_dir, extra):
-    """Compiles what is older than its source, any header or this file; returns the objects."""
-    headers = max(p.stat().st_mtime for p in [*ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"])
+@cache
+def compiler_version():
+    return run([*compiler(), "--version"])
+
+
+def compile_all(paths, extra):
+    """Objects of these sources. They are named by what makes them - the text after the preprocessor, flags, compiler - and compiled where none
+    of that name is there: so the extension and the C tests share those whose assertions and Python's macros don't matter."""
 
     def one(path):
-        obj = Path(out_dir, path).with_suffix(".o")
-        if obj.exists() and obj.stat().st_mtime > max(headers, (ROOT / path).stat().st_mtime):
-            return str(obj)
-        obj.parent.mkdir(parents=True, exist_ok=True)
-        run([*compiler(), *flags_for(path), *extra, "-c", str(ROOT / path), "-o", str(obj)])
+        command = [*compiler(), *flags_for(path)]
+        text = run([*command, *extra, "-E", str(ROOT / path)])
+        digest = hashlib.sha256("\0".join([compiler_version(), *command, text]).encode()).hexdigest()
+        obj = (OBJECTS / path).with_suffix(f".{digest[:16]}.o")
+        if not obj.exists():
+            obj.parent.mkdir(parents=True, exist_ok=True)
+            fresh = obj.with_suffix(f".{os.getpid()}.new")  # moved into place: what has the name is whole
+            run([*command, *extra, "-c", str(ROOT / path), "-o", str(fresh)])
+            os.replace(fresh, obj)
+        obj.touch()
+        for old in sorted(obj.parent.glob(f"{obj.name.split('.')[0]}.*.o"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
         return str(obj)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -84,20 +101,18 @@ def compile_all(paths, out_dir, extra):
 
 
 def run(command):
+    """Runs it; returns what it printed."""
     done = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(done.stderr)
     if done.returncode:
         sys.exit(f"this command failed:\n  {' '.join(command)}")
-
-
-def object_dir(kind):
-    return ROOT / "build" / f"{kind}{'-sanitize' if os.environ.get('LLMCOOPT_SANITIZE') else ''}"
+    return done.stdout
 
 
 class BuildExt(build_ext):
     def build_extension(self, ext):
         define = [*([] if sanitizers() else ["-DNDEBUG"]), "-DPy_LIMITED_API=0x030B0000", f"-I{python_include()}"]
-        objects = compile_all(sources(python=True), object_dir("ext"), define)
+        objects = compile_all(sources(python=True), define)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(".new")  # moved into place: a process that has the old file mapped keeps it
@@ -116,11 +131,17 @@ class BuildCTest(Command):
         pass
 
     def run(self):
-        out = object_dir("ctest")
-        core = compile_all(sources(python=False), out, [])
+        out = ROOT / "build" / ("ctest-sanitize" if sanitizers() else "ctest")
+        out.mkdir(parents=True, exist_ok=True)
         tests = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests/c").glob("test_*.c"))
-        for path, obj in zip(tests, compile_all(tests, out, ["-UNDEBUG"]), strict=True):
-            run([*compiler(), *sanitizers(), obj, *core, *LINK, "-o", str(out / Path(path).stem)])
+        core = sources(python=False)
+        objects = compile_all([*core, *tests], ["-UNDEBUG"])
+
+        def link(path, obj):
+            run([*compiler(), *sanitizers(), obj, *objects[: len(core)], *LINK, "-o", str(out / Path(path).stem)])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(link, tests, objects[len(core) :]))
 
 
 setup(

@@ -8,6 +8,7 @@ import json
 import re
 import reprlib
 import unicodedata
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -57,17 +58,32 @@ def render(template: str, messages: Sequence[Mapping], *, add_generation_prompt:
 
 
 def render_continued(template: str, messages: Sequence[Mapping], **context) -> str:
-    """The text up to the end of the last message's content, so that a model goes on writing that message."""
-    text = render(template, messages, **context)
-    last = messages[-1].get("content")
-    last = last if isinstance(last, str) else next((p["text"] for p in reversed(last or []) if isinstance(p, Mapping) and "text" in p), "")
-    ending = last.strip()
-    at = text.rfind(ending) if ending else -1
+    """The text up to the end of the last message's content, so that a model goes on writing that message. Blanks at the content's end stay
+    unless the template strips them. The end is found by a mark that the content gets, a number that no text holds by chance."""
+    mark = str(uuid.uuid4().int)
+    text = render(template, _marked(messages, mark + " "), **context)
+    at = text.rfind(mark)
     if at < 0:
-        raise ArgumentError(f"continue_final_message: the template leaves out the last message's content {reprlib.repr(last)}")
-    kept = text[: at + len(ending)]
-    tail = last[len(last.rstrip()) :]
-    return kept + tail if text[len(kept) :].startswith(tail) else kept
+        raise ArgumentError(
+            f"continue_final_message: the template leaves out the last message's content {reprlib.repr(messages[-1]['content'])}"
+        )
+    kept = text[:at] if text.startswith(" ", at + len(mark)) else text[:at].rstrip()
+    return kept.replace(mark + " ", "").replace(mark, "")  # of templates that write the content twice
+
+
+def _marked(messages, mark):
+    """The messages with `mark` after the last one's content: text, or the last part of a list that has text."""
+    check_messages(messages)
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*before, {**last, "content": content + mark}]
+    parts = list(content or ())
+    for i in reversed(range(len(parts))):
+        if isinstance(parts[i], Mapping) and isinstance(parts[i].get("text"), str):
+            parts[i] = {**parts[i], "text": parts[i]["text"] + mark}
+            return [*before, {**last, "content": parts}]
+    raise ArgumentError(f"continue_final_message: the last message has no text to go on with: {reprlib.repr(content)}")
 
 
 def choose(templates: Mapping[str, str], wanted: str | None, has_tools: bool, source: str) -> str:

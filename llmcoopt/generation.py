@@ -6,6 +6,7 @@ runs beside it. (llama.cpp applies temperature last; Hugging Face has this order
 """
 
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -154,6 +155,7 @@ class Generation:
         self._started, self._first, self._last = time.perf_counter(), None, None
         self._final_stats: dict = {}
         self._closed = False
+        self._closing = threading.RLock()  # close() in two threads, or in a signal handler while it runs
         try:
             self._engine.add(**request)
         except BaseException:
@@ -222,32 +224,38 @@ class Generation:
 
     @property
     def stats(self) -> dict:
-        """prompt_tokens, new_tokens, seconds to the first token, decode_tokens_per_second, cache (its stats), engine (steps and seconds)."""
+        """prompt_tokens, cached_tokens (those of them that were found in the cache's prefix index and not computed; of a preempted request, the
+        first time), new_tokens, seconds to the first token, decode_tokens_per_second, cache (its stats), engine (steps and seconds)."""
         first, last, n = self._first, self._last, len(self.ids)
+        with self._closing:
+            core = self._final_stats or self._core_stats()
         return {
             "prompt_tokens": len(self.prompt),
+            "cached_tokens": core["engine"]["cached_tokens"],
             "new_tokens": n,
             "time_to_first_token": first - self._started if first else None,
             "prompt_tokens_per_second": len(self.prompt) / (first - self._started) if first else None,
             "decode_tokens_per_second": (n - 1) / (last - first) if n > 1 and last > first else None,
-            **(self._final_stats or self._core_stats()),
+            **core,
         }
 
     def _core_stats(self) -> dict:
         return {"cache": self.cache.stats(), "engine": self._engine.stats()}
 
     def close(self) -> None:
-        """Ends the generation and returns its pages (a sequence that was passed keeps its tokens)."""
-        if self._closed:
-            return
-        self.finish_reason = self.finish_reason or "cancelled"
-        self._final_stats = self._final_stats or self._core_stats()
-        self._engine.close()
-        if self._sequence is None:
-            self._core_sequence.free()
-        if self._own_cache:
-            self.cache.close()
-        self._closed = True
+        """Ends the generation and returns its pages (a sequence that was passed keeps its tokens). Any thread may call it, several at once too:
+        when it returns, the pages are back."""
+        with self._closing:
+            if self._closed:
+                return
+            self.finish_reason = self.finish_reason or "cancelled"
+            self._final_stats = self._final_stats or self._core_stats()
+            self._engine.close()
+            if self._sequence is None:
+                self._core_sequence.free()
+            if self._own_cache:
+                self.cache.close()
+            self._closed = True
 
     def __enter__(self):
         return self

@@ -254,26 +254,30 @@ class Tokenizer:
 
         Raises ArgumentError for messages of a wrong form and where there is no template; TemplateError (a FormatError) where the template
         fails or refuses the messages."""
-        if isinstance(messages, Sequence) and messages and isinstance(messages[0], Sequence) and not isinstance(messages[0], str | bytes):
-            rows = [
-                self.apply_chat_template(
-                    row, add_generation_prompt, tokenize, chat_template, tools, continue_final_message, False, **context
-                )
-                for row in messages
-            ]
-            return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]} if return_dict and tokenize else rows
+        many = (
+            isinstance(messages, Sequence)
+            and len(messages) > 0
+            and isinstance(messages[0], Sequence)
+            and not isinstance(messages[0], str | bytes)
+        )
+        options = (add_generation_prompt, chat_template, tools, continue_final_message, context)
+        texts = [self._conversation(one, *options) for one in (messages if many else [messages])]
+        if not tokenize:
+            return texts if many else texts[0]
+        rows = [self.encode(text, add_special_tokens=False) for text in texts]
+        masks = [[1] * len(row) for row in rows]
+        if not many:
+            rows, masks = rows[0], masks[0]
+        return {"input_ids": rows, "attention_mask": masks} if return_dict else rows
+
+    def _conversation(self, messages, add_generation_prompt, chat_template, tools, continue_final_message, context) -> str:
         if add_generation_prompt and continue_final_message:
             raise ArgumentError("add_generation_prompt and continue_final_message exclude each other")
         template = chat.choose(self.chat_templates, chat_template, bool(tools), self.source)
         values = {**self._facts.special, **context, "tools": list(tools) if tools else None}
         if continue_final_message:
-            text = chat.render_continued(template, messages, **values)
-        else:
-            text = chat.render(template, messages, add_generation_prompt=add_generation_prompt, **values)
-        if not tokenize:
-            return text
-        ids = self.encode(text, add_special_tokens=False)
-        return {"input_ids": ids, "attention_mask": [1] * len(ids)} if return_dict else ids
+            return chat.render_continued(template, messages, **values)
+        return chat.render(template, messages, add_generation_prompt=add_generation_prompt, **values)
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name.removesuffix('_token')}={token!r}" for name, token in self._facts.special.items())

@@ -16,6 +16,11 @@ cp -r llmcoopt build/sanitized/
 rm -f build/sanitized/llmcoopt/_core*.so
 "$python" setup.py --quiet build_ext --build-lib build/sanitized
 unset LLMCOOPT_SANITIZE
+# The folder one stands in comes first on Python's path, and the package in the tree with it, unless the path is safe: here and in the processes
+# that tests start.
+export PYTHONSAFEPATH=1 PYTHONPATH="$PWD/build/sanitized"
+preload="$(${CC:-cc} -print-file-name=libasan.so) $(${CC:-cc} -print-file-name=libubsan.so)"
+LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 "$python" -c 'import llmcoopt._core as c; assert "/build/sanitized/" in c.__file__, c.__file__'
 # Python itself leaks by design, so leaks are looked for by the C tests and by tests/python; verify_asan_link_order: the runtime is preloaded.
-ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$(${CC:-cc} -print-file-name=libasan.so) $(${CC:-cc} -print-file-name=libubsan.so)" \
-    PYTHONPATH="$PWD/build/sanitized" "$python" -m pytest -p no:cacheprovider -q "${@:-tests}" --ignore tests/c -m "not parity and not slow"
+ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 LD_PRELOAD="$preload" \
+    "$python" -m pytest -p no:cacheprovider -q "${@:-tests}" --ignore tests/c -m "not parity and not slow"

@@ -60,6 +60,7 @@ typedef struct {
 
 typedef struct {
     int64_t steps, prompt_tokens, decode_tokens; /* computed so far */
+    int64_t cached_tokens; /* of prompts, found in the prefix index when their request was admitted, the first time if it was preempted */
     int64_t waiting, running, preemptions;
     double forward_seconds, sample_seconds, other_seconds; /* of the steps; `other` is the engine's own overhead */
 } lco_engine_stats;

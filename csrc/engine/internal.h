@@ -15,7 +15,8 @@ typedef struct {
     lco_sampling sampling;
     lco_seq *seq;
     bool owns_seq;
-    int64_t base; /* tokens that the sequence held before this request */
+    int64_t base;  /* tokens that the sequence held before this request */
+    bool admitted; /* once, perhaps preempted since */
 
     /* Distinct ids so far, kept only with a repetition penalty: a list and a bit for each id. */
     int32_t *seen;

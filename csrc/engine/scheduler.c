@@ -72,7 +72,7 @@ static lco_status admit(lco_engine *engine, bool alone, int64_t budget, bool *ad
     lco_error why;
     const int64_t most = lco_kv_most_tokens(engine->kv, lco_step_budget(engine)); /* of a longer one, pages are released as it goes on */
     lco_status status = LCO_OK;
-    int64_t found;
+    int64_t found = 0;
     if (lco_seq_length(job->seq) == 0 && lco_model_shares_prefixes(engine->model))
         status = lco_seq_adopt(job->seq, job->ids, job->n_prompt, &found, &why);
     const int64_t left = job->n_ids - lco_job_computed(job);
@@ -90,6 +90,10 @@ static lco_status admit(lco_engine *engine, bool alone, int64_t budget, bool *ad
     *admitted = status == LCO_OK || fails;
     if (*admitted)
         engine->n_running++;
+    if (status == LCO_OK && !job->admitted) {
+        engine->stats.cached_tokens += found;
+        job->admitted = true;
+    }
     if (fails)
         lco_job_fail(job, &why);
     return LCO_OK;

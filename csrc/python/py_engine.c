@@ -283,9 +283,10 @@ static PyObject *engine_stats(engine_object *self, PyObject *Py_UNUSED(arg))
     LOCKED(self->cache->model, (engine = engine_nogil(self, &err)), s = lco_engine_get_stats(engine));
     if (status != LCO_OK)
         return lco_py_raise((PyObject *)self, &err);
-    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:d,s:d,s:d}", "steps", s.steps, "prompt_tokens", s.prompt_tokens, "decode_tokens",
-                         s.decode_tokens, "waiting", s.waiting, "running", s.running, "preemptions", s.preemptions, "forward_seconds",
-                         s.forward_seconds, "sample_seconds", s.sample_seconds, "other_seconds", s.other_seconds);
+    return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:L,s:d,s:d,s:d}", "steps", s.steps, "prompt_tokens", s.prompt_tokens, "decode_tokens",
+                         s.decode_tokens, "cached_tokens", s.cached_tokens, "waiting", s.waiting, "running", s.running, "preemptions",
+                         s.preemptions, "forward_seconds", s.forward_seconds, "sample_seconds", s.sample_seconds, "other_seconds",
+                         s.other_seconds);
 }
 
 static PyObject *engine_check(engine_object *self, PyObject *Py_UNUSED(arg))

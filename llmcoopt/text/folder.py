@@ -95,12 +95,17 @@ def _json(raw, where, files):
             warnings.warn(
                 f"{where}: the added token {entry['content']!r} has id {got}, but {entry['where']} says {entry['id']}", stacklevel=4
             )
+    known = {token.content for token in encoder.inner.get_added_tokens_decoder().values()}
+    for content, flags in files.named().items():
+        if content not in known and encoder.id(content) is not None:
+            encoder.add(RustAdded(content, **flags))
     encoder.refresh()
     before, after = encoder.template()
     return encoder, before, after
 
 
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+_MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
 
 
 def _sentencepiece(raw, where, files):
@@ -116,19 +121,25 @@ def _sentencepiece(raw, where, files):
         suffix_space=model.suffix_space,
     )
     dummy = (ALWAYS if files.config.get("legacy", True) else FIRST) if model.add_dummy_prefix else NEVER
-    added = {i: AddedToken(model.pieces[i], i) for i in model.control_ids()}
+    added = {i: AddedToken(model.pieces[i], i) for i in [*model.control_ids(), model.unk_id] if model.pieces[i]}
+    named = files.named()
+    added |= {i: _added(piece, i, named[piece]) for i, piece in enumerate(model.pieces) if piece in named}
     for entry in files.added():
         if entry["id"] < len(model.pieces) and model.pieces[entry["id"]] != entry["content"]:
             raise FormatError(
                 f"{entry['where']}: the added token {entry['content']!r} has id {entry['id']}, which {where} gives to {model.pieces[entry['id']]!r}"
             )
-        added[entry["id"]] = AddedToken(entry["content"], entry["id"], entry["special"], entry["lstrip"], entry["rstrip"])
+        added[entry["id"]] = _added(entry["content"], entry["id"], entry)
     encoder = SentencePieceEncoder(
         model.pieces, model.types, segmenter, normalizer, dummy=dummy, added=list(added.values()), unk_surface=model.unk_surface
     )
     named = {"bos_token": model.bos_id, "eos_token": model.eos_id, "pad_token": model.pad_id}
     files.defaults = {name: model.pieces[i] for name, i in named.items() if 0 <= i < len(model.pieces)}
     return encoder, [], []
+
+
+def _added(content, number, flags):
+    return AddedToken(content, number, flags["special"], flags["lstrip"], flags["rstrip"], flags["single_word"])
 
 
 class _Files:
@@ -163,6 +174,19 @@ class _Files:
             number = _checked_id(int(number) if _DIGITS.fullmatch(number) else number, content, where)
             found[number] = {"id": number, "content": content, "where": where, **flags}
         return [found[number] for number in sorted(found)]
+
+    def named(self) -> dict[str, dict]:
+        """Special tokens that tokenizer_config.json or special_tokens_map.json names, and their flags: cut out of a text as added tokens are."""
+        found = {}
+        for file in (self.config, self.map):  # flags of the map win, as in transformers
+            values = [file.get(name) for name in SPECIAL_NAMES]
+            values += [value for name in _MORE_NAMES if isinstance(file.get(name), list) for value in file[name]]
+            for value in values:
+                content = value.get("content") if isinstance(value, dict) else value
+                if isinstance(content, str) and content:
+                    flags = {key: bool(value.get(key, plain)) for key, plain in _FLAGS.items()} if isinstance(value, dict) else _FLAGS
+                    found[content] = flags | {"special": True}
+        return found
 
     def special(self, encoder) -> dict[str, str]:
         """Special tokens by name: tokenizer_config.json, else special_tokens_map.json, else the ids in (generation_)config.json."""

@@ -165,7 +165,8 @@ def _llama(keys, tokens, types, where):
     unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
     segmenter = BpeSegmenter(tokens, scores, types, unknown, BYTE in types)
     normalizer = Normalizer(remove_extra_spaces=bool(keys.flag("remove_extra_whitespaces")))
-    added = [AddedToken(token, i, types[i] == CONTROL) for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED) and token]
+    kinds = (CONTROL, UNKNOWN, USER_DEFINED)
+    added = [AddedToken(token, i, types[i] != USER_DEFINED) for i, token in enumerate(tokens) if types[i] in kinds and token]
     dummy = ALWAYS if prefix is None or prefix else NEVER
     return SentencePieceEncoder(tokens, types, segmenter, normalizer, dummy=dummy, added=added, unk_surface=" \u2047 ")
 
@@ -190,8 +191,8 @@ def _gpt2(keys, tokens, types, where):
     inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
     for special in (True, False):
-        wanted = CONTROL if special else USER_DEFINED
-        found = [RustAdded(t, special=special, normalized=False) for i, t in enumerate(tokens) if types[i] == wanted and t]
+        wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
+        found = [RustAdded(t, special=special, normalized=False) for i, t in enumerate(tokens) if types[i] in wanted and t]
         (inner.add_special_tokens if special else inner.add_tokens)(found)
     return RustEncoder(inner, tokens)
 

@@ -1,5 +1,6 @@
 """The encoder for SentencePiece vocabularies, from tokenizer.model files and from GGUF metadata."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,18 +9,21 @@ from .normalizer import SPACE, Normalizer, alternation
 from .segmenters import BpeSegmenter, UnigramSegmenter
 from .spm_file import BYTE, CONTROL, UNKNOWN
 
+_BEGINS_WORD, _ENDS_WORD = re.compile(r"\w"), re.compile(r"\w\Z")
 ALWAYS, FIRST, NEVER = "always", "first", "never"  # where the dummy space goes: before each stretch of text, only at the start, nowhere
 
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that is cut out of the text before anything else. lstrip and rstrip take the blanks beside it along."""
+    """A token that is cut out of the text before anything else. lstrip and rstrip take the blanks beside it along; single_word leaves it alone
+    inside a word."""
 
     token: str
     id: int
     special: bool = True
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
 
 
 class SentencePieceEncoder:
@@ -72,6 +76,8 @@ class SentencePieceEncoder:
             if match.start() < at:
                 continue  # lies in blanks that the token before took along
             found = self._added[match[0]]
+            if found.single_word and (_ENDS_WORD.search(text[: match.start()]) or _BEGINS_WORD.match(text[match.end() :])):
+                continue
             before = text[at : match.start()]
             self._stretch(before.rstrip() if found.lstrip else before, at == 0, out)
             out.append(found.id)

@@ -81,6 +81,52 @@ def test_preempted_requests(model):
         assert say(model, cache, prompts) == say(model, plain, prompts)
 
 
+@pytest.mark.parametrize("on", [True, False], ids=["index", "none"])
+def test_cached_tokens_of_a_generation(model, on):
+    """As many as a plain look at what was said before tells; also while it runs, and after its end."""
+    with cache_of(model, on=on) as cache:
+        said = []
+        for prompt in (IDS[:50], IDS[:50], IDS[:48], IDS[:49], [*IDS[:20], *OTHER[:70]], OTHER[:90], IDS[:5]):
+            like = [sum(np.cumprod([a == b for a, b in zip(old, prompt, strict=False)])) for old in said]
+            expected = max(min(n, len(prompt) - 1) // PAGE * PAGE for n in [0, *like]) if on else 0
+            generation = llmcoopt.generate(model, prompt, cache=cache, **OPTIONS)
+            assert generation.stats["cached_tokens"] == 0  # nothing was looked for yet
+            next(generation)
+            assert generation.stats["cached_tokens"] == expected
+            stats = generation.run().stats
+            assert (stats["cached_tokens"], stats["prompt_tokens"]) == (expected, len(prompt))
+            assert stats["engine"]["prompt_tokens"] == len(prompt) - expected  # computed
+            said.append(prompt)
+
+
+def test_cached_tokens_of_a_sequence_and_a_batch(model):
+    with cache_of(model) as cache:
+        say(model, cache, [IDS[:40]])
+        sequence = cache.sequence()
+        first = llmcoopt.generate(model, IDS[:40], sequence=sequence, **OPTIONS).run()
+        assert first.stats["cached_tokens"] == 32
+        second = llmcoopt.generate(model, IDS[:40], sequence=sequence, **OPTIONS).run()
+        assert second.stats["cached_tokens"] == 0  # what a sequence holds already was not looked for
+        prompts = [IDS[:40], OTHER[:40], [*IDS[:16], *OTHER[:40]]]
+        found = model.generate(prompts, cache=cache, return_dict_in_generate=True, **OPTIONS)
+        assert found.stats["engine"]["cached_tokens"] == 32 + 0 + 16
+
+
+def test_cached_tokens_of_preempted_requests(model):
+    """A request finds its own pages again when it comes back; they were never there before it."""
+    shared = IDS[:32]
+    prompts = [[*shared, *OTHER[10 * i : 10 * i + 3]] for i in range(4)]
+    options = {**OPTIONS, "max_new_tokens": 60}
+    with cache_of(model, pages=14) as cache:
+        say(model, cache, [[*shared, 0]])
+        cache.reset_stats()
+        found = model.generate(prompts, cache=cache, return_dict_in_generate=True, **options)
+        assert found.errors == [None] * 4
+        engine = found.stats["engine"]
+        assert engine["preemptions"] >= 1 and engine["cached_tokens"] == 4 * 32
+        assert cache.stats()["writes_skipped"]["prefix"] > 4 * 32  # found again, too
+
+
 def test_forward(model):
     with cache_of(model, on=False) as plain, cache_of(model) as cache:
         expected = model.forward(IDS[:70], plain.sequence(), last_only=True)

@@ -1,5 +1,6 @@
 """Chat templates: what they may do, what they must not, and what the messages must look like."""
 
+import random
 import re
 import time
 
@@ -206,3 +207,74 @@ def test_continue_final_message():
 def test_context_reaches_the_template():
     tokenizer = tokenizer_with("{{ eos_token }}{{ enable_thinking }}{{ tools | length if tools }}")
     assert tokenizer.apply_chat_template(USER, tokenize=False, enable_thinking=False, tools=[TOOL]) == "</s>False1"
+
+
+def test_the_end_of_the_last_message_is_its_own():
+    """Not a place where a template's own text, or another message, has the same letters."""
+    tokenizer = tokenizer_with("{% for m in messages %}[{{ m.content }}<|end|>{% endfor %}the end")
+
+    def continued(content, **options):
+        messages = [*USER, {"role": "assistant", "content": content}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True, **options)
+
+    for content in ("e", "end", "end ", "Hi", " \n", "", "|end|>"):
+        assert continued(content) == "[Hi<|end|>[" + content
+    parts = "{% for m in messages %}{% for p in m.content %}{{ p.text if p is mapping else p }};{% endfor %}{% endfor %}"
+    assert continued([{"type": "text", "text": "a"}, {"type": "text", "text": ";"}, {"type": "image"}], chat_template=parts) == "H;i;a;;"
+    assert continued("Hi ", chat_template="{{ messages[-1].content | trim | upper }}.") == "HI"
+    assert continued("Hi", chat_template="{{ messages[-1].content }},{{ messages[-1].content }}.") == "Hi,Hi"
+    for content in (None, [], [{"type": "image"}], ["text"]):
+        with pytest.raises(errors.ArgumentError, match="the last message has no text to go on with"):
+            continued(content, chat_template=parts)
+
+
+def test_lists_of_conversations_have_one_level():
+    tokenizer = tokenizer_with("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert tokenizer.apply_chat_template((USER, USER * 2), tokenize=False) == ["Hi", "HiHi"]
+    with pytest.raises(errors.ArgumentError, match=r"messages\[0\] is \[.* \(list\); expected"):
+        tokenizer.apply_chat_template([[USER]])
+    with pytest.raises(errors.ArgumentError, match="messages is empty"):
+        tokenizer.apply_chat_template([USER, []])
+
+
+NESTED = {
+    "as text": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.content | length }}{% endfor %}",
+    "json": "{% for m in messages %}{{ m | tojson }}{{ m.content | tojson(indent=2) }}{% endfor %}",
+    "filters": "{% for m in messages %}{{ m.content | map(attribute='text') | join(',') }}{{ (m.content | list)[::-1] }}|{% endfor %}",
+    "parts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{% if p is mapping %}"
+    "{{ p.text if p.type == 'text' else p.type }}{% else %}{{ p }}{% endif %};{% endfor %}{% endif %}{% endfor %}",
+    "recursive": "{% for m in messages %}{% for p in m.content recursive %}{% if p is iterable and p is not string and p is not mapping %}"
+    "[{{ loop(p) }}]{% else %}{{ loop.depth }}.{{ loop.index }}/{{ loop.length }}:{{ p }}{{ ',' if not loop.last }}"
+    "{% endif %}{% endfor %}{% endfor %}",
+}
+
+
+def any_content(rng, depth=0):
+    kind = rng.randrange(9 if depth < 4 else 6)
+    if kind < 3:
+        return {"type": "text", "text": rng.choice(["hi", "", " <x> & 'q' ", "\u65e5\n"])}
+    if kind < 6:
+        return [{"type": "image"}, {"type": "image_url", "image_url": {"url": "x?a&b"}}, rng.choice(["s", 1, 2.5, None, True])][kind - 3]
+    parts = [any_content(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return tuple(parts) if kind == 6 else parts
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NESTED)
+def test_content_of_nested_lists_equals_transformers(name):
+    """Also where the last message goes on; of templates that write it twice, transformers leaves its mark in the text."""
+    module = pytest.importorskip("transformers.utils.chat_template_utils")
+    rng, template, mark = random.Random(4), NESTED[name], "CONTINUE_FINAL_MESSAGE_TAG"
+    for n in range(400):
+        contents = [rng.choice([" a ", [any_content(rng) for _ in range(rng.randrange(4))]]) for _ in range(rng.randrange(1, 4))]
+        messages = [{"role": rng.choice(["user", "assistant"]), "content": content} for content in contents]
+        if n % 2 and any(isinstance(part, dict) and "text" in part for part in contents[-1]):
+            options = {"chat_template": template, "add_generation_prompt": False, "continue_final_message": True}
+            if any(isinstance(part, str) or not hasattr(part, "__contains__") for part in contents[-1]):
+                continue  # which transformers looks into as if they were parts
+            expected = module.render_jinja_template([messages], **options)[0][0]
+            expected = expected.replace(f"{mark} ", "").replace(mark, "")
+            if name != "as text":  # its length counts the mark
+                assert chat.render_continued(template, messages) == expected
+        expected = module._compile_jinja_template(template).render(messages=messages, add_generation_prompt=False)
+        assert chat.render(template, messages) == expected

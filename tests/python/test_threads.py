@@ -82,6 +82,39 @@ join(*busy)
     )
 
 
+def test_generation_closed_by_several_threads(folder, run_script):
+    """None of them fails or waits for ever, the pages are back when any of them returns, and what it said and counted can be asked for."""
+    run_script(
+        BEGIN
+        + """
+sys.setswitchinterval(1e-6)
+shared = llmcoopt.KVCache(model, max_tokens=4096)
+for n in rounds(4):
+    cache = shared if n % 2 else None
+    run = llmcoopt.generate(model, [1, 2, 3], cache=cache, max_new_tokens=500, ignore_eos=True)
+    tokens = [next(run) for _ in range(n % 3)]
+    barrier = threading.Barrier(4)
+    def work(call):
+        try:
+            barrier.wait()
+            call()
+            if call == run.close and cache is not None:
+                assert cache.stats()["tokens_held"] == 0, "pages are not back"
+        except BaseException as error:
+            errors.append(error)
+    threads = [threading.Thread(target=work, args=(call,)) for call in (run.close, run.close, run.close, lambda: run.stats)]
+    [t.start() for t in threads]
+    join(*threads)
+    assert run.finish_reason == "cancelled" and run.ids == tokens
+    assert run.stats["new_tokens"] == len(tokens) and run.stats["engine"]["prompt_tokens"] == (3 if tokens else 0)
+    shared.check()
+    run.close()
+model.close()
+""",
+        folder,
+    )
+
+
 def test_engine_calls_while_it_is_closed(folder, run_script):
     run_script(
         BEGIN
