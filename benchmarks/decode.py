@@ -129,7 +129,7 @@ def time_prompts(model: llmcoopt.Model, prompt: int, probe: Probe) -> dict:
     """One prompt of one sequence, several times, each between two probes."""
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, prompt).astype(np.int32)
     seconds, peaks = [], [probe.peak()]
-    with llmcoopt.KVCache(model, max_tokens=prompt) as cache:
+    with llmcoopt.KVCache(model, "auto", max_tokens=prompt) as cache:
         for _ in range(PROMPTS):
             sequence = cache.sequence()
             began = time.perf_counter()
@@ -151,7 +151,7 @@ def time_decode(model: llmcoopt.Model, batch: int, prompt: int, new: int, sampli
     """`batch` sequences that hold `prompt` tokens decode `new` steps, in rounds of a probe and some steps."""
     rng = np.random.default_rng(1)
     most = new + -(-batch * prompt // CHUNK)  # the first sequences decode while the last prompts are computed
-    with llmcoopt.KVCache(model, max_tokens=batch * (prompt + most + 64)) as cache:
+    with llmcoopt.KVCache(model, "auto", max_tokens=batch * (prompt + most + 64)) as cache:
         engine = _core.Engine(cache._core, batch, CHUNK)
         options = Options(max_new_tokens=most, ignore_eos=True, **sampling)
         waiting = {

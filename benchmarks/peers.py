@@ -50,7 +50,7 @@ class Llmcoopt:
 
     def prefill(self, ids: list[int]) -> float:
         """Seconds to compute `ids` from an empty cache."""
-        with llmcoopt.KVCache(self.model, max_tokens=len(ids)) as cache:
+        with llmcoopt.KVCache(self.model, "auto", max_tokens=len(ids)) as cache:
             sequence, begun = cache.sequence(), time.perf_counter()
             self.model.forward(ids, sequence, last_only=True)
             return time.perf_counter() - begun

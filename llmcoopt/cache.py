@@ -27,8 +27,9 @@ class KVCache:
     Args:
         model: the Model whose shape the cache takes.
         dtype: element type of keys and values: "fp8_e4m3" (also "fp8"), "fp8_e5m2", "int8": one byte and a scale for each block of 16 tokens, kv
-            head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own. A list has the type of each layer; a dict has types of
-            single layers, and as "default" that of all others: {"default": "fp8_e4m3", 0: "bfloat16", -1: "bfloat16"}.
+            head, and K or V; "float16", "bfloat16", "float32"; "auto" is the model's own, and what `generate` takes when it is given no cache. A
+            list has the type of each layer; a dict has types of single layers, and as "default" that of all others:
+            {"default": "fp8_e4m3", 0: "bfloat16", -1: "bfloat16"}.
         write_buffer: one-byte types only: keep the newest tokens of a sequence in 16 bit and quantise them once, 16 at a time, with the scale of
             their largest value. False: quantise every token as it comes.
         residual_length: with write_buffer: how many tokens that are. A token attends in 16 bit to those from the last multiple of residual_length on,
@@ -65,7 +66,7 @@ class KVCache:
     def __init__(
         self,
         model,
-        dtype: str | list | dict = "auto",
+        dtype: str | list | dict = "fp8_e4m3",
         page_size: int = 64,
         max_tokens: int | None = None,
         write_buffer: bool = True,

@@ -16,7 +16,7 @@ class ChatSession:
     def __init__(self, model, tokenizer, system: str | None = None, **options):
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.messages = [{"role": "system", "content": system}] if system is not None else []
-        self._sequence = KVCache(model, max_tokens=model.config.max_positions).sequence()
+        self._sequence = KVCache(model, "auto", max_tokens=model.config.max_positions).sequence()
         self._answer: Generation | None = None
 
     def ask(self, question: str) -> Generation:

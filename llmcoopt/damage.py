@@ -236,7 +236,7 @@ def cache_report(
                 i: _Layer(context, config, i, types[i], buffer, turn_keys, scales) for i in range(first, min(first + at_once, len(types)))
             }
             tap = Tap(["q", "k", "v"], lambda point, layer, rows, layers=layers: layers[layer].add(point, rows), layers)
-            with KVCache(model, max_tokens=len(ids)) as cache:
+            with KVCache(model, "auto", max_tokens=len(ids)) as cache:
                 model.forward(ids, cache.sequence(), last_only=True, tap=tap)
             for i, layer in layers.items():
                 for name, heads in layer.measure().items():

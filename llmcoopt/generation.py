@@ -147,7 +147,7 @@ class Generation:
         self.seed = request["seed"] if request["do_sample"] else None
         self._own_cache = cache is None and sequence is None
         if self._own_cache:
-            cache = KVCache(model, max_tokens=len(prompt) + max(1, request["max_new_tokens"]))
+            cache = KVCache(model, "auto", max_tokens=len(prompt) + max(1, request["max_new_tokens"]))
         self.cache = cache if sequence is None else sequence.cache
         if sequence is None:  # held until close(), so that stats can tell what the cache held
             request["sequence"] = self._core_sequence = self.cache._core.sequence()
@@ -416,7 +416,7 @@ def generate_batch(
         cache._skipped["padding"] += sum(np.size(row) for row in given) - sum(map(len, prompts))
     else:
         longest = sorted((len(r["prompt"]) + r["max_new_tokens"] for r in requests), reverse=True)[:max_batch]
-        cache = KVCache(model, max_tokens=max(1, sum(-(-n // 64) * 64 for n in longest)))
+        cache = KVCache(model, "auto", max_tokens=max(1, sum(-(-n // 64) * 64 for n in longest)))
     try:
         output = _run_batch(cache, requests, texts, max_batch, return_dict_in_generate, progress)
     finally:

@@ -33,7 +33,7 @@ def requests(model):
 
 def run(model, todo, max_batch=8, chunk=512, max_tokens=4096):
     """[(tokens, logprobs)] of the requests run together, and the engine's stats."""
-    with llmcoopt.KVCache(model, page_size=16, max_tokens=max_tokens) as cache:
+    with llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=max_tokens) as cache:
         engine = _core.Engine(cache._core, max_batch, chunk)
         rows = {engine.add(**request): ([], []) for request in todo}
         running = len(rows)
@@ -74,7 +74,7 @@ def test_neighbours_chunks_and_pressure_change_nothing(model):
 def test_second_turn_sees_the_first(model):
     """A sequence that was generated on and one that got the same ids as a prompt agree up to the rounding of prompt rows."""
     prompt, rest = next(r for r in requests(model) if len(r["prompt"]) == 33)["prompt"], [3, 1, 4, 1, 5]
-    sequence = llmcoopt.KVCache(model).sequence()
+    sequence = llmcoopt.KVCache(model, "auto").sequence()
     first = llmcoopt.generate(model, prompt, max_new_tokens=9, ignore_eos=True, sequence=sequence).run().ids
     turn = model.forward(first[-1:] + rest, sequence, last_only=True)
     whole = model.forward(prompt.tolist() + first + rest, last_only=True)

@@ -68,7 +68,7 @@ def test_read_only_and_dlpack(model):
 
 
 def test_bad_layers(model):
-    with llmcoopt.KVCache(model, max_tokens=64) as cache:
+    with llmcoopt.KVCache(model, "auto", max_tokens=64) as cache:
         for layer in (-1, 1, True, 0.0, "0", None):
             with pytest.raises(ArgumentError, match=r"layer = .*expected a whole number from 0 to 0"):
                 cache.sequence().kv(layer)

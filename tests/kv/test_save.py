@@ -60,11 +60,11 @@ def test_forks_stay_forks(model, tmp_path):
 
 
 def test_from_and_to_a_spill_file(model, tmp_path):
-    with llmcoopt.KVCache(model, page_size=16, max_tokens=1024) as plain:
+    with llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=1024) as plain:
         sequence = plain.sequence()
         model.forward(IDS[:250], sequence)
         size = plain.stats()["page_bytes"]
-        with llmcoopt.KVCache(model, page_size=16, max_tokens=1024, host_bytes=5 * size, spill_path=tmp_path) as cache:
+        with llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=1024, host_bytes=5 * size, spill_path=tmp_path) as cache:
             one = cache.sequence()
             model.forward(IDS[:250], one)
             cache.save(tmp_path / "a", one)
@@ -175,7 +175,7 @@ def test_nothing_half_written(model, saved, tmp_path, monkeypatch):
 
 
 def test_numbers_of_no_page(model):
-    with llmcoopt.KVCache(model, page_size=16, max_tokens=64) as cache:
+    with llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=64) as cache:
         size = cache.stats()["page_bytes"]
         for number in (-1, 0, 3, 10**6):
             with pytest.raises(ArgumentError, match=f"page {number}, expected one that is held"):

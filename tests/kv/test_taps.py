@@ -135,7 +135,7 @@ def test_an_exception_leaves_no_trace(model, exception):
 
 def test_the_function_may_use_the_model(model):
     """Also the very sequence: it holds the chunk by then."""
-    with llmcoopt.KVCache(model) as cache:
+    with llmcoopt.KVCache(model, "auto") as cache:
         seq, held = cache.sequence(), []
         model.forward([5, 6, 7], seq, tap=Tap("hidden", lambda *_: held.append((len(seq), model.forward([5, 6, 7]).shape))))
     assert held == [(3, (3, model.config.vocab_size))]
@@ -169,7 +169,7 @@ def test_bad_arrays_for_the_core(model):
         "expected 2 rows of": ("hidden", n, good[:1]),
         "is not float32": ("hidden", n, good.astype(np.float64)),
     }
-    with llmcoopt.KVCache(model) as cache:
+    with llmcoopt.KVCache(model, "auto") as cache:
         seq = cache.sequence()
         for text, place in cases.items():
             with pytest.raises(ArgumentError, match=text):

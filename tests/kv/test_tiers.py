@@ -214,12 +214,12 @@ def test_named_files(model, tmp_path):
 
 def test_wrong_options(model, tmp_path):
     with pytest.raises(StorageError, match=r"spill_path = '/nowhere/x': No such file"):
-        llmcoopt.KVCache(model, spill_path="/nowhere/x")
+        llmcoopt.KVCache(model, "auto", spill_path="/nowhere/x")
     for bad in (0, -1, True, 1.5, "1"):
         with pytest.raises(ArgumentError, match="host_bytes = "):
-            llmcoopt.KVCache(model, host_bytes=bad, spill_path=tmp_path)
+            llmcoopt.KVCache(model, "auto", host_bytes=bad, spill_path=tmp_path)
     with pytest.raises(ArgumentError, match=r"host_bytes = 1000 is room for 0 pages of \d+ bytes, expected at least 4 pages"):
-        llmcoopt.KVCache(model, host_bytes=1000, spill_path=tmp_path)
+        llmcoopt.KVCache(model, "auto", host_bytes=1000, spill_path=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,7 +40,7 @@ def test_greedy_ids(folder, expected, isa):
 
 def test_first_logits(folder, expected):
     model = llmcoopt.Model.from_pretrained(folder)
-    logits = model.forward(expected["token_ids"][:1], llmcoopt.KVCache(model).sequence(), last_only=True)
+    logits = model.forward(expected["token_ids"][:1], llmcoopt.KVCache(model, "auto").sequence(), last_only=True)
     assert logits[:16].tolist() == pytest.approx(expected["first_position_logits_0_15"], abs=1e-5)
 
 

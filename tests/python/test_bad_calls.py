@@ -45,7 +45,7 @@ def test_ids_of_a_wrong_kind(model, seq, bad):
 )
 def test_ids_of_any_integer_kind(model, kind):
     ids = prompt(9)
-    a, b = (model.forward(x, llmcoopt.KVCache(model).sequence()) for x in (ids, kind(ids)))
+    a, b = (model.forward(x, llmcoopt.KVCache(model, "auto").sequence()) for x in (ids, kind(ids)))
     np.testing.assert_array_equal(a, b)
 
 
@@ -125,7 +125,7 @@ def test_model_arguments(tmp_path):
 
 def test_full_cache(model):
     """All or nothing: the sequence keeps its length, and goes on once there is room."""
-    cache = llmcoopt.KVCache(model, page_size=16, max_tokens=32)
+    cache = llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=32)
     a, b = cache.sequence(), cache.sequence()
     model.forward([1] * 16, a)
     with pytest.raises(OutOfPagesError, match="max_tokens"):
@@ -165,7 +165,7 @@ def test_weights_that_are_no_numbers(tmp_path, isa, value, place):
 
     make(tmp_path, edit=edit)
     model = llmcoopt.Model.from_pretrained(tmp_path, isa=isa)
-    seq = llmcoopt.KVCache(model).sequence()
+    seq = llmcoopt.KVCache(model, "auto").sequence()
     with pytest.raises(NumericError, match=r"(?i)nan"):
         model.forward([1, 2, 3], seq)
     assert len(seq) == 0

@@ -109,7 +109,7 @@ def test_a_text_from_nothing_begins_without_blank(model):
 
 def test_a_sequence_goes_on_with_its_blank(model, greedy):
     tokenizer = words()
-    sequence = llmcoopt.KVCache(model).sequence()
+    sequence = llmcoopt.KVCache(model, "auto").sequence()
     first = llmcoopt.generate(model, PROMPT, sequence=sequence, max_new_tokens=5).run()
     second = llmcoopt.generate(model, first.ids[-1:], sequence=sequence, tokenizer=tokenizer, max_new_tokens=7).run()
     assert second.text == text_of(greedy[5:])
@@ -185,7 +185,7 @@ def test_stop_strings_of_a_batch(model, greedy):
     alone = [llmcoopt.generate(model, prompt, **options).run() for prompt in prompts]
     assert alone[0].finish_reason == "stop"
     for max_batch in (64, 2):
-        cache = llmcoopt.KVCache(model, max_tokens=1024)
+        cache = llmcoopt.KVCache(model, "auto", max_tokens=1024)
         result = model.generate(prompts, cache=cache, max_batch=max_batch, return_dict_in_generate=True, **options)
         assert result.new_ids == [g.ids for g in alone]
         assert result.logprobs == [g.logprobs for g in alone]

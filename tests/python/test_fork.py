@@ -67,7 +67,7 @@ def test_use_after_fork_says_so(tmp_path, run_script):
         + """
 import gc
 model = llmcoopt.Model.from_pretrained(sys.argv[1], threads=2)
-cache = llmcoopt.KVCache(model)
+cache = llmcoopt.KVCache(model, "auto")
 seq = cache.sequence()
 model.forward([1, 2, 3], seq)
 running = llmcoopt.generate(model, [1, 2, 3], max_new_tokens=8)
@@ -124,7 +124,7 @@ assert len(list(running)) == 7
 BUSY = """
 import threading, time
 model = llmcoopt.Model.from_pretrained(sys.argv[1], threads=1)
-cache = llmcoopt.KVCache(model)
+cache = llmcoopt.KVCache(model, "auto")
 seq = cache.sequence()
 running = llmcoopt.generate(model, [1, 2, 3], max_new_tokens=8)
 next(running)
@@ -154,7 +154,7 @@ none = np.zeros(0, np.int32)
 def child():
     global model, cache, seq, running
     calls = [
-        lambda: model.forward([4], seq), lambda: model.forward([4]), model._core.info, lambda: llmcoopt.KVCache(model), cache.sequence,
+        lambda: model.forward([4], seq), lambda: model.forward([4]), model._core.info, lambda: llmcoopt.KVCache(model, "auto"), cache.sequence,
         cache.stats, cache.check, lambda: len(seq), seq.fork, lambda: seq.truncate(0), lambda: next(running), running._engine.stats,
         running._engine.check, lambda: running._engine.cancel(0), lambda: llmcoopt._core.Engine(cache._core),
         lambda: running._engine.add(none, 8, none, True, 0, False, 1.0, 0, 1.0, 0.0, 1.0, 0, None),

@@ -89,7 +89,7 @@ def test_eos_list_ends_at_the_first(model, ids):
 
 def test_sequence_goes_on_where_it_stopped(model, ids):
     whole = llmcoopt.generate(model, ids, max_new_tokens=16, ignore_eos=True).run().ids
-    sequence = llmcoopt.KVCache(model).sequence()
+    sequence = llmcoopt.KVCache(model, "auto").sequence()
     first = llmcoopt.generate(model, ids, max_new_tokens=8, ignore_eos=True, sequence=sequence).run()
     assert sequence.ids == ids + first.ids[:-1]
     second = llmcoopt.generate(model, first.ids[-1:], max_new_tokens=8, ignore_eos=True, sequence=sequence).run()
@@ -98,7 +98,7 @@ def test_sequence_goes_on_where_it_stopped(model, ids):
 
 
 def test_fork_and_truncate(model, ids):
-    cache = llmcoopt.KVCache(model, max_tokens=1024)
+    cache = llmcoopt.KVCache(model, "auto", max_tokens=1024)
     sequence = cache.sequence()
     model.forward(ids, sequence)
     expected = model.forward([5, 6, 7], sequence.fork())
@@ -118,7 +118,7 @@ def test_fork_and_truncate(model, ids):
 
 
 def test_pages_return(model, ids):
-    cache = llmcoopt.KVCache(model, max_tokens=2048)
+    cache = llmcoopt.KVCache(model, "auto", max_tokens=2048)
     for close in (lambda g: g.close(), lambda g: [next(g), g.close()], lambda g: g.run(), lambda g: None):
         generation = llmcoopt.generate(model, ids, cache=cache, max_new_tokens=30)
         close(generation)
@@ -129,7 +129,7 @@ def test_pages_return(model, ids):
 
 
 def test_a_sequence_in_use_is_guarded(model, ids):
-    sequence = llmcoopt.KVCache(model).sequence()
+    sequence = llmcoopt.KVCache(model, "auto").sequence()
     generation = llmcoopt.generate(model, ids, sequence=sequence, max_new_tokens=10)
     next(generation)
     for use in (lambda: sequence.truncate(0), sequence.free, sequence.fork, lambda: model.forward([1], sequence), sequence.cache.close):
@@ -177,7 +177,7 @@ def test_result_object(model, ids):
 
 
 def test_out_of_pages_is_said_with_the_option_to_raise(model, ids):
-    cache = llmcoopt.KVCache(model, page_size=16, max_tokens=16)
+    cache = llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=16)
     with pytest.raises(OutOfPagesError, match="max_tokens"):
         llmcoopt.generate(model, ids, cache=cache, max_new_tokens=40).run()
     assert cache.stats()["pages_free"] == cache.stats()["pages_total"]
@@ -185,19 +185,19 @@ def test_out_of_pages_is_said_with_the_option_to_raise(model, ids):
 
 def test_model_close_ends_everything(ids):
     model = llmcoopt.Model.from_pretrained("tiny")
-    cache = llmcoopt.KVCache(model)
+    cache = llmcoopt.KVCache(model, "auto")
     sequence = cache.sequence()
     generation = llmcoopt.generate(model, ids, max_new_tokens=100)
     next(generation)
     model.close()
     assert generation.finish_reason == "cancelled"
-    for use in (lambda: model.forward(ids), lambda: llmcoopt.KVCache(model), lambda: len(sequence), cache.stats):
+    for use in (lambda: model.forward(ids), lambda: llmcoopt.KVCache(model, "auto"), lambda: len(sequence), cache.stats):
         with pytest.raises(ArgumentError, match="closed"):
             use()
     assert "closed" in repr(cache)
 
 
 def test_reprs(model):
-    cache = llmcoopt.KVCache(model)
+    cache = llmcoopt.KVCache(model, "auto")
     assert "M parameters" in repr(model) and "<table>" in model._repr_html_()
     assert "0 tokens in 0 sequences" in repr(cache) and "<table>" in cache._repr_html_()

@@ -105,7 +105,7 @@ def test_generation_goes_on_where_it_was_interrupted(folder, run_script):
         + """
 how = {"max_new_tokens": 2000, "do_sample": True, "seed": 5}
 expected = list(llmcoopt.generate(model, ids[:10], **how))
-cache = llmcoopt.KVCache(model)
+cache = llmcoopt.KVCache(model, "auto")
 for _ in range(3):
     seq = cache.sequence()
     run = llmcoopt.generate(model, ids[:10], sequence=seq, **how)

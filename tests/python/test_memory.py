@@ -16,7 +16,7 @@ def state():
 
 for i in range(20):
     model = llmcoopt.Model.from_pretrained(sys.argv[1], threads=2)
-    cache = llmcoopt.KVCache(model, max_tokens=4096)
+    cache = llmcoopt.KVCache(model, "auto", max_tokens=4096)
     seq = cache.sequence()
     model.forward(list(range(300)), seq)
     assert len(list(llmcoopt.generate(model, [1, 2, 3], max_new_tokens=4))) == 4
@@ -68,7 +68,7 @@ def anonymous():
 
 before = anonymous()
 model = llmcoopt.Model.from_pretrained(sys.argv[1])
-model.forward([1, 2, 3], llmcoopt.KVCache(model, max_tokens=256).sequence())
+model.forward([1, 2, 3], llmcoopt.KVCache(model, "auto", max_tokens=256).sequence())
 print(anonymous() - before)
 """,
         tmp_path,

@@ -46,7 +46,7 @@ def rounds(seconds):
 
 def keep_busy(model):
     '''Holds the model's lock nearly all the time, so that other calls wait for it.'''
-    cache = llmcoopt.KVCache(model, max_tokens=4096)
+    cache = llmcoopt.KVCache(model, "auto", max_tokens=4096)
     def work():
         seq = cache.sequence()
         model.forward(ids, seq, last_only=True)
@@ -88,7 +88,7 @@ def test_generation_closed_by_several_threads(folder, run_script):
         BEGIN
         + """
 sys.setswitchinterval(1e-6)
-shared = llmcoopt.KVCache(model, max_tokens=4096)
+shared = llmcoopt.KVCache(model, "auto", max_tokens=4096)
 for n in rounds(4):
     cache = shared if n % 2 else None
     run = llmcoopt.generate(model, [1, 2, 3], cache=cache, max_new_tokens=500, ignore_eos=True)
@@ -121,7 +121,7 @@ def test_engine_calls_while_it_is_closed(folder, run_script):
         + """
 import numpy as np
 busy = keep_busy(model)
-cache = llmcoopt.KVCache(model, max_tokens=1 << 16)
+cache = llmcoopt.KVCache(model, "auto", max_tokens=1 << 16)
 prompt, none = np.arange(20, dtype=np.int32), np.zeros(0, dtype=np.int32)
 for n in rounds(4):
     engine = _core.Engine(cache._core, max_batch=4)
@@ -147,7 +147,7 @@ def test_cache_closed_while_other_threads_use_it(folder, run_script):
         + """
 busy = keep_busy(model)
 for n in rounds(4):
-    cache = llmcoopt.KVCache(model, max_tokens=8192)
+    cache = llmcoopt.KVCache(model, "auto", max_tokens=8192)
     a, b, c = (cache.sequence() for _ in range(3))
     model.forward(ids[:40], a)
     def forward():
@@ -179,7 +179,7 @@ def test_a_sequence_is_not_freed_under_a_call(folder, run_script):
         BEGIN
         + """
 busy = keep_busy(model)
-cache = llmcoopt.KVCache(model, max_tokens=8192)
+cache = llmcoopt.KVCache(model, "auto", max_tokens=8192)
 refused = []
 def work(call):
     try:
@@ -216,7 +216,7 @@ import numpy as np
 model.close()
 for n in rounds(4):
     model = llmcoopt.Model.from_pretrained(sys.argv[1], threads=1)
-    cache = llmcoopt.KVCache(model)
+    cache = llmcoopt.KVCache(model, "auto")
     logits = np.zeros(53, np.float32)
     def forward():
         seq = cache._core.sequence()
@@ -243,7 +243,7 @@ long = [i % 53 for i in range(1000)]
 before = _core.mem_live()
 for n in rounds(6):
     model = llmcoopt.Model.from_pretrained(sys.argv[1], threads=1)
-    cache = llmcoopt.KVCache(model)
+    cache = llmcoopt.KVCache(model, "auto")
     seq = cache.sequence()
     def batch(cache):
         model.generate([[1, 2]] * 3, max_new_tokens=900, cache=cache, ignore_eos=True)
