@@ -295,7 +295,7 @@ def test_cache_with_calibration(six):
         assert list(cache.layer_dtypes) == choice.dtypes == cache.choice.dtypes and 0 < len(cache.choice.kept) < 6
         six.forward(prompt(100), cache.sequence())
     with llmcoopt.KVCache(six) as plain:
-        assert plain.dtype == "bfloat16" and plain.choice is None
+        assert plain.dtype == "fp8_e4m3" and plain.choice is None
     with pytest.raises(ArgumentError, match="calibration: dtype is 'int8', expected 'auto'"):
         llmcoopt.KVCache(six, "int8", calibration=rows)
 

@@ -245,7 +245,10 @@ def test_released_rows_read_as_nan(model):
 
 def test_mixed_windows_keep_all(tmp_path):
     make(tmp_path, "qwen2", use_sliding_window=True, sliding_window=20, max_window_layers=1, max_position_embeddings=CONTEXT)
-    with llmcoopt.Model.from_pretrained(tmp_path, isa="ref") as model, llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=4096) as cache:
+    with (
+        llmcoopt.Model.from_pretrained(tmp_path, isa="ref") as model,
+        llmcoopt.KVCache(model, "auto", page_size=16, max_tokens=4096) as cache,
+    ):
         seq = cache.sequence()
         model.forward(IDS[:300], seq)
         assert cache.stats()["pages_released"] == 0
