@@ -110,7 +110,7 @@ class Model:
         if not isinstance(tap, Tap | None):
             raise ArgumentError(f"tap: found {type(tap).__name__}, expected a Tap")
         if sequence is None:
-            with KVCache(self, max_tokens=len(ids)) as cache:
+            with KVCache(self, "auto", max_tokens=len(ids)) as cache:
                 return self.forward(ids, cache.sequence(), last_only, tap)
         sequence = of_model(sequence, Sequence, self, "sequence")
         start, n, vocab = len(sequence), len(ids), self.config.vocab_size
