@@ -73,6 +73,20 @@ def test_every_instruction_set(isa, tmp_path):
                 assert cache.stats()["pages_spilled"] > 10
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8_e4m3"])
+def test_a_prompt_reads_pages_that_are_away_a_few_times(model, small, dtype):
+    """Its rows share them, not only those that share converted keys."""
+    if model.isa == "ref":
+        pytest.skip("the portable operators read every page for every row")
+    cache = small(dtype, pages=36)
+    sequence = cache.sequence()
+    model.forward(IDS[:520], sequence, last_only=True)
+    model.forward(IDS[520:1020], sequence, last_only=True)
+    stats = cache.stats()
+    slices = stats["pages_away"] * model.config.num_hidden_layers * model.config.num_key_value_heads
+    assert 0 < stats["slices_fetched"] <= 4 * slices
+
+
 def test_a_batch_and_forks(model, small):
     prompts = [IDS[i : i + 150 + 31 * i] for i in range(5)]
     options = {"max_new_tokens": 30, "ignore_eos": True}

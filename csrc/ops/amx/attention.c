@@ -47,7 +47,7 @@ typedef struct {
     uint64_t odd;                         /* positions with values that are not finite, which `turned` holds as zeros */
 } key_block;
 
-static int64_t unit_panels(const attention_job *job) { return round_up(prompt_tokens(job) * job->group, TILE) / TILE; }
+static int64_t unit_panels(const attention_job *job) { return round_up(job->prompt_tokens * job->group, TILE) / TILE; }
 
 static int64_t padded(const attention_job *job) { return round_up(job->args->kv->head_dim, STEP); }
 
@@ -174,7 +174,9 @@ static const uint16_t *stage_run(const attention_job *job, const unit *u, const 
         k->keys[g] = own_keys;
         return own_values;
     }
-    const uint8_t *slice = lco_kv_read(kv, b->thread, u->item->table[t / kv->page_size], -1, u->head, 1);
+    const int64_t page = t / kv->page_size, last = (u->item->pos + u->item->len - 1) / kv->page_size;
+    const int32_t next = page < last ? u->item->table[page + 1] : -1;
+    const uint8_t *slice = lco_kv_read(kv, b->thread, u->item->table[page], next, u->head, 1);
     const int64_t offset = t % kv->page_size * b->d;
     const bool as_it_lies = from == 0 && to == TILE && b->d == b->width;
     k->keys[g] = (const uint16_t *)lco_read_codes(kv, slice, LCO_KEY, u->head) + offset;

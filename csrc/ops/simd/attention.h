@@ -19,6 +19,7 @@
 enum {
     UNITS_PER_THREAD = 8,
     PROMPT_ROWS = 96,        /* query rows of a unit: they share the converted keys and values */
+    AWAY_ROWS = 1024,        /* at most, where pages are away: each unit reads them from the file */
     SERIAL_PRODUCTS = 50000, /* done by one thread sooner than another wakes up */
 };
 
@@ -41,6 +42,7 @@ typedef struct {
     unit *units;
     merge_item *merges;
     int64_t n_units, n_merges, group, d_pad, part_stride;
+    int64_t prompt_tokens;         /* of a prompt unit */
     bool lifted;                   /* decode rows take float codes by shifts (attention_decode.h) */
     float *scratch;                /* [threads, scratch_stride] */
     int64_t scratch_stride, pairs; /* of a query row and a position, at most */
@@ -84,8 +86,30 @@ static int64_t page_at(const split_plan *plan, int64_t n) { return n < plan->sin
 
 #include "attention_decode.h"
 
-/* Tokens of a prompt unit. */
-static int64_t prompt_tokens(const attention_job *job) { return job->group >= PROMPT_ROWS ? 1 : PROMPT_ROWS / job->group; }
+static bool reads_away_pages(const lco_attention_args *a, const lco_item *item)
+{
+    const int64_t size = a->kv->page_size, end = (item->pos + item->len - 1) / size + 1;
+    const lco_seen seen = seen_at(a, item->pos);
+    for (int64_t p = 0; p < end && a->kv->store != NULL; p++)
+        if ((p * size < seen.sinks || (p + 1) * size > seen.first) && lco_kv_away(a->kv, item->table[p]))
+            return true;
+    return false;
+}
+
+/* Tokens of a prompt unit. No result depends on it. */
+static int64_t prompt_tokens(const attention_job *job)
+{
+    const lco_attention_args *a = job->args;
+    int64_t all = 0;
+    bool away = false;
+    for (int64_t i = 0; i < a->n_items; i++) {
+        all += a->items[i].prompt ? a->items[i].len * a->n_heads : 0;
+        away = away || (a->items[i].prompt && reads_away_pages(a, &a->items[i]));
+    }
+    const int64_t share = away ? all / lco_pool_size(a->exec->pool) : 0, most = share < AWAY_ROWS ? share : AWAY_ROWS;
+    const int64_t rows = most > PROMPT_ROWS ? most : PROMPT_ROWS;
+    return rows > job->group ? rows / job->group : 1;
+}
 
 /* The work of a prompt unit, and how many floats of scratch a thread needs for it. A file that defines OWN_PROMPT_UNIT has its own. */
 static int64_t prompt_scratch(const attention_job *job);
@@ -147,7 +171,7 @@ static int64_t head_ranges(const attention_job *job, int64_t n_splits)
 
 static void add_prompt_units(attention_job *job, const lco_item *item)
 {
-    const int64_t step = prompt_tokens(job);
+    const int64_t step = job->prompt_tokens;
     for (int64_t first = (item->len - 1) / step * step; first >= 0; first -= step) { /* the longest first */
         int64_t count = item->len - first < step ? item->len - first : step;
         for (int64_t head = 0; head < job->args->kv->n_kv_heads; head++)
@@ -176,10 +200,11 @@ static lco_status plan_units(attention_job *job)
     const lco_attention_args *a = job->args;
     const int64_t n_kv = a->kv->n_kv_heads;
     int64_t prompt_units = 0, splits = 0, decode_items = 0;
+    job->prompt_tokens = prompt_tokens(job);
     for (int64_t i = 0; i < a->n_items; i++) {
         job->pairs += a->items[i].len * (a->items[i].pos + a->items[i].len - seen_at(a, a->items[i].pos).first);
         if (a->items[i].prompt) {
-            prompt_units += (a->items[i].len + prompt_tokens(job) - 1) / prompt_tokens(job) * n_kv;
+            prompt_units += (a->items[i].len + job->prompt_tokens - 1) / job->prompt_tokens * n_kv;
         } else {
             splits += plan_splits(a, &a->items[i]).n_splits;
             decode_items++;

@@ -19,7 +19,7 @@ typedef struct {
     float *values;          /* [BLOCK][d_pad] */
 } prompt_block;
 
-static int64_t prompt_tiles(const attention_job *job) { return (prompt_tokens(job) * job->group + TILE_ROWS - 1) / TILE_ROWS; }
+static int64_t prompt_tiles(const attention_job *job) { return (job->prompt_tokens * job->group + TILE_ROWS - 1) / TILE_ROWS; }
 
 static int64_t prompt_scratch(const attention_job *job)
 {
