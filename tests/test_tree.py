@@ -37,7 +37,7 @@ RANKS = [
     ["generation"],
     ["model"],
     ["damage"],
-    ["dtype_choice"],
+    ["dtype_choice", "quantizer"],
     ["chat_session"],
     ["demo"],
     ["cli"],

@@ -1,5 +1,6 @@
 """One matrix to integers: GPTQ or rounding to nearest, by the steps of csrc/quant, and its tensors as GPTQ files have them."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ def blocks(group_of: np.ndarray) -> list[tuple[int, int]]:
     up for all columns before it."""
     edges = [0, *(np.flatnonzero(np.diff(group_of)) + 1).tolist(), len(group_of)]
     found, begin = [], 0
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if end - begin <= BLOCK:
             continue
         if start > begin:

@@ -1,0 +1,164 @@
+"""The folder that a quantisation writes: finished layers on the way, and at the end a Hugging Face folder as transformers and GPTQModel read it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tokenizers import processors
+
+from .._version import __version__
+from ..errors import ArgumentError, StorageError
+from ..loaders import LoadedCheckpoint, read_safetensors
+from ..loaders.hf import read_json
+from ..loaders.safetensors import Tensor
+from ..loaders.write import Entry, write_file, write_json, write_safetensors, write_weights
+from ..text.rust import RustEncoder
+from ..tokenizer import Tokenizer
+from .options import Options
+
+WORK = ".quantize"  # within the folder: what an interrupted run goes on from
+# What stands beside the weights: copied as it is.
+COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+)
+COPIED += ("additional_chat_templates",)
+
+
+def quantization_config(options: Options) -> dict:
+    """config.json's quantization_config, with the keys that GPTQModel writes and transformers reads."""
+    meta = {"quantizer": [f"llmcoopt:{__version__}"], "method": options.method, "mse": options.mse}
+    meta |= {"damp_percent": options.damp, "static_groups": options.order == "static", "act_group_aware": options.order == "groups"}
+    return {
+        "quant_method": "gptq",
+        "bits": options.bits,
+        "group_size": options.group,
+        "sym": options.sym,
+        "desc_act": options.order == "columns",
+        "checkpoint_format": options.format,
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "true_sequential": True,
+        "damp_percent": options.damp,
+        "meta": meta,
+    }
+
+
+class OutputFolder:
+    """`about`: everything that decides the result; a run goes on only from one with the same."""
+
+    def __init__(self, path: Path, about: dict, resume: bool):
+        self.path, self.work, self.about = path, path / WORK, about
+        if path.exists() and not path.is_dir():
+            raise ArgumentError(f"{path}: there is a file of this name; expected a folder to be made")
+        if (self.work / "run.json").exists():
+            if resume:
+                self._check_same()
+            else:
+                shutil.rmtree(self.work)
+        elif path.exists() and os.listdir(path):
+            raise ArgumentError(f"{path}: the folder is not empty and not of an interrupted run; expected a new one")
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be made: {error.strerror or error}") from error
+        write_json(self.work / "run.json", about)
+
+    def _check_same(self):
+        before = read_json(self.work / "run.json")
+        for key, here in json.loads(json.dumps(self.about)).items():
+            if before.get(key) != here:
+                raise ArgumentError(
+                    f"{self.path}: holds an interrupted run with {key} {before.get(key)!r}, this one has {here!r}; "
+                    "go on with the same values, or pass resume=False (--restart) to begin anew"
+                )
+
+    def _layer(self, index: int) -> Path:
+        return self.work / f"layer-{index:05}.safetensors"
+
+    def finished(self) -> int:
+        """How many layers are done, from the first one on."""
+        count = 0
+        while self._layer(count).exists():
+            count += 1
+        return count
+
+    def save_layer(self, index: int, tensors: dict[str, tuple[str, np.ndarray]]) -> None:
+        write_safetensors(self._layer(index), {name: (dtype, array.shape, array) for name, (dtype, array) in tensors.items()})
+
+    def load_layer(self, index: int) -> dict[str, Tensor]:
+        return read_safetensors(self._layer(index))[0]
+
+    def finish(self, checkpoint: LoadedCheckpoint, options: Options) -> int:
+        """Writes the folder out of the finished layers and what is not quantised; config.json comes last. Returns the bytes of its weights."""
+        entries = self._entries(checkpoint)
+        write_weights(self.path, entries)
+        write_tokenizer(checkpoint, self.path)
+        raw = read_json(checkpoint.path / "config.json") if checkpoint.format == "safetensors" else gguf_hf_config(checkpoint)
+        said = quantization_config(options)
+        write_json(self.path / "quantize_config.json", said)
+        raw |= {"tie_word_embeddings": checkpoint.config.tie_word_embeddings, "quantization_config": said}
+        write_json(self.path / "config.json", raw)
+        shutil.rmtree(self.work)
+        return sum(data.nbytes for _, _, data in entries.values())
+
+    def _entries(self, checkpoint) -> dict[str, Entry]:
+        """All tensors of the result in the order of the model. They stay mapped: nothing is read before it is written."""
+        made = {}
+        for index in range(checkpoint.config.num_hidden_layers):
+            made |= self.load_layer(index)
+        replaced = {f"{name.removesuffix('.qweight')}.weight" for name in made if name.endswith(".qweight")}
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in replaced}
+
+        def place(name):
+            parts = name.split(".")
+            layer = int(parts[2]) if parts[1] == "layers" else -1 if "embed_tokens" in name else 1 << 30
+            return layer, name
+
+        return {name: (t.dtype, t.shape, t.data) for name, t in sorted({**kept, **made}.items(), key=lambda item: place(item[0]))}
+
+
+def gguf_hf_config(checkpoint: LoadedCheckpoint) -> dict:
+    """config.json of a model that came without one."""
+    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[checkpoint.tensors["model.embed_tokens.weight"].dtype]
+    biased = any(name.endswith("self_attn.q_proj.bias") for name in checkpoint.tensors)
+    raw = checkpoint.config.to_hf() | {"torch_dtype": dtype}
+    return raw | ({"attention_bias": biased} if "attention_bias" in raw else {})
+
+
+def write_tokenizer(checkpoint: LoadedCheckpoint, folder: Path) -> None:
+    """Copies the tokenizer's files, or writes tokenizer.json and tokenizer_config.json for the vocabulary of a GGUF file."""
+    source = checkpoint.tokenizer_source
+    if source.is_dir():
+        for path in sorted({path for pattern in COPIED for path in source.glob(pattern)}):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                write_file(folder / path.name, lambda file, path=path: file.write(path.read_bytes()))
+        return
+    tokenizer = Tokenizer.from_pretrained(source)
+    encoder, facts = tokenizer._encoder, tokenizer._facts
+    if not isinstance(encoder, RustEncoder):
+        raise ArgumentError(
+            f"{source}: its SentencePiece vocabulary cannot be written as tokenizer.json; quantise the Hugging Face folder that it was made from"
+        )
+    written = encoder.inner
+    if facts.before or facts.after:
+        around = [encoder.token(i) for i in (*facts.before, *facts.after)]
+        template = " ".join([*(encoder.token(i) for i in facts.before), "$A", *(encoder.token(i) for i in facts.after)])
+        written.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(t, encoder.id(t)) for t in set(around)])
+    write_file(folder / "tokenizer.json", lambda file: file.write(written.to_str().encode()))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **facts.special}
+    said["model_max_length"] = checkpoint.config.max_positions
+    if tokenizer.chat_template is not None:
+        said["chat_template"] = tokenizer.chat_template
+    write_json(folder / "tokenizer_config.json", said)
+    if len(facts.end_ids) > 0:
+        write_json(folder / "generation_config.json", {"eos_token_id": list(facts.end_ids)})
