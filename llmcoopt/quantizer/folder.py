@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 from tokenizers import processors
 
 from .._version import __version__
-from ..errors import ArgumentError, StorageError
+from ..errors import ArgumentError, FormatError, StorageError
 from ..loaders import LoadedCheckpoint, read_safetensors
 from ..loaders.hf import read_json
 from ..loaders.safetensors import Tensor
@@ -96,11 +97,14 @@ class OutputFolder:
     def load_layer(self, index: int) -> dict[str, Tensor]:
         return read_safetensors(self._layer(index))[0]
 
-    def finish(self, checkpoint: LoadedCheckpoint, options: Options) -> int:
-        """Writes the folder out of the finished layers and what is not quantised; config.json comes last. Returns the bytes of its weights."""
+    def finish(self, checkpoint: LoadedCheckpoint, options: Options, beside: dict[str, bytes]) -> int:
+        """Writes the folder out of the finished layers, what is not quantised and the files `beside` the weights; config.json comes last. Returns the
+        bytes of its weights."""
         entries = self._entries(checkpoint)
         write_weights(self.path, entries)
-        write_tokenizer(checkpoint, self.path)
+        for name, content in beside.items():
+            (self.path / name).parent.mkdir(exist_ok=True)
+            write_file(self.path / name, lambda file, content=content: file.write(content))
         raw = read_json(checkpoint.path / "config.json") if checkpoint.format == "safetensors" else gguf_hf_config(checkpoint)
         said = quantization_config(options)
         write_json(self.path / "quantize_config.json", said)
@@ -133,32 +137,42 @@ def gguf_hf_config(checkpoint: LoadedCheckpoint) -> dict:
     return raw | ({"attention_bias": biased} if "attention_bias" in raw else {})
 
 
-def write_tokenizer(checkpoint: LoadedCheckpoint, folder: Path) -> None:
-    """Copies the tokenizer's files, or writes tokenizer.json and tokenizer_config.json for the vocabulary of a GGUF file."""
+def tokenizer_files(checkpoint: LoadedCheckpoint) -> dict[str, bytes]:
+    """What stands beside the weights, by path in the folder: the source's files, or tokenizer.json and others for the vocabulary of a GGUF file.
+
+    Warns where there is no tokenizer that could be written so."""
     source = checkpoint.tokenizer_source
     if source.is_dir():
-        for path in sorted({path for pattern in COPIED for path in source.glob(pattern)}):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            else:
-                write_file(folder / path.name, lambda file, path=path: file.write(path.read_bytes()))
-        return
-    tokenizer = Tokenizer.from_pretrained(source)
+        found = {path for pattern in COPIED for path in source.glob(pattern)}
+        files = {file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+        return {file.relative_to(source).as_posix(): file.read_bytes() for file in sorted(files)}
+    try:
+        tokenizer = Tokenizer.from_pretrained(source)
+    except FormatError as error:
+        warnings.warn(f"{error}; the result will have no tokenizer", stacklevel=4)
+        return {}
+    if not isinstance(tokenizer._encoder, RustEncoder):
+        advice = "put the tokenizer.model of the original model into the result"
+        warnings.warn(f"{source}: its SentencePiece vocabulary cannot be written as tokenizer.json; {advice}", stacklevel=4)
+        return {}
+    return _gguf_tokenizer(tokenizer, checkpoint.config.max_positions)
+
+
+def _gguf_tokenizer(tokenizer, context):
     encoder, facts = tokenizer._encoder, tokenizer._facts
-    if not isinstance(encoder, RustEncoder):
-        raise ArgumentError(
-            f"{source}: its SentencePiece vocabulary cannot be written as tokenizer.json; quantise the Hugging Face folder that it was made from"
-        )
-    written = encoder.inner
+    inner = json.loads(encoder.inner.to_str())
     if facts.before or facts.after:
-        around = [encoder.token(i) for i in (*facts.before, *facts.after)]
-        template = " ".join([*(encoder.token(i) for i in facts.before), "$A", *(encoder.token(i) for i in facts.after)])
-        written.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(t, encoder.id(t)) for t in set(around)])
-    write_file(folder / "tokenizer.json", lambda file: file.write(written.to_str().encode()))
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **facts.special}
-    said["model_max_length"] = checkpoint.config.max_positions
+        around = {encoder.token(i): i for i in (*facts.before, *facts.after)}
+        template = [*(encoder.token(i) for i in facts.before), "$A", *(encoder.token(i) for i in facts.after)]
+        rule = processors.TemplateProcessing(single=" ".join(template), special_tokens=list(around.items()))
+        inner["post_processor"] = json.loads(rule.__getstate__())
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        **facts.special,
+    }
     if tokenizer.chat_template is not None:
         said["chat_template"] = tokenizer.chat_template
-    write_json(folder / "tokenizer_config.json", said)
-    if len(facts.end_ids) > 0:
-        write_json(folder / "generation_config.json", {"eos_token_id": list(facts.end_ids)})
+    files = {"tokenizer.json": inner, "tokenizer_config.json": said, "generation_config.json": {"eos_token_id": list(facts.end_ids)}}
+    return {name: json.dumps(content, ensure_ascii=False, indent=2).encode() for name, content in files.items()}

@@ -26,7 +26,7 @@ from ..loaders.quant_config import read_quant_config
 from ..loaders.quant_modules import decode_dtype, module_weight, split_modules
 from ..loaders.shapes import layer_matrices
 from ..tokenizer import Tokenizer
-from .folder import OutputFolder, gguf_hf_config, quantization_config
+from .folder import OutputFolder, gguf_hf_config, quantization_config, tokenizer_files
 from .layer import DTYPES, Layer, as_float32
 from .matrix import Hessian, gptq_tensors, quantize_matrix
 from .options import Options
@@ -114,10 +114,11 @@ def quantize(
         "isa": f"{context.name} ({context.detail})",
         "text": hashlib.sha256(b"".join(w.tobytes() + b"|" for w in windows)).hexdigest(),
     }
+    beside = tokenizer_files(checkpoint)
     folder = OutputFolder(Path(out), about, resume)
     run = _Run(checkpoint, options, context, windows, folder, progress)
     run.layers()
-    nbytes = folder.finish(checkpoint, options)
+    nbytes = folder.finish(checkpoint, options, beside)
     matrices = len(layer_matrices(checkpoint.config)) * checkpoint.config.num_hidden_layers
     return QuantizationReport(Path(out), options, matrices, tokens, checkpoint.nbytes, nbytes, time.monotonic() - begun, dict(run.losses))
 
@@ -252,18 +253,17 @@ class _Activations:
         tokens, width = sum(map(len, windows)), config.num_attention_heads * config.head_dim
         self.file, floats = None, tokens * (config.hidden_size + width)
         if 4 * floats > IN_MEMORY * _limits.memory_bytes():
-            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115: closed by __exit__
+            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             self.fill(4 * floats)
             space = np.memmap(self.file, np.float32, "r+", shape=(floats,))
         else:
             space = np.zeros(floats, np.float32)
         edges = np.cumsum([0, *map(len, windows)])
-        stream, attended = (
-            space[: tokens * config.hidden_size].reshape(tokens, -1),
-            space[tokens * config.hidden_size :].reshape(tokens, -1),
+        stream, attended = space[: tokens * config.hidden_size], space[tokens * config.hidden_size :]
+        self.streams, self.attended = (
+            [rows.reshape(tokens, each)[a:b] for a, b in itertools.pairwise(edges)]
+            for rows, each in ((stream, config.hidden_size), (attended, width))
         )
-        self.streams = [stream[a:b] for a, b in itertools.pairwise(edges)]
-        self.attended = [attended[a:b] for a, b in itertools.pairwise(edges)]
 
     def fill(self, nbytes):
         """Room on the disk is taken at once: a full disk is an error here, and would be a signal when a page is written later."""

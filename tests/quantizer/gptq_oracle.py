@@ -1,4 +1,4 @@
-"""GPTQ of one matrix in float64 NumPy, column by column, without blocks: what csrc/quant must compute. Also packing as files have it.
+"""GPTQ of one matrix in float64 NumPy, column by column, without blocks: what csrc/quant must compute.
 
 weight [N, K], Hessian [K, K] = sum over tokens of x x^T (any factor: it cancels), codes [N, K], scales and zeros [G, N], g_idx [K]."""
 
@@ -86,36 +86,74 @@ def factor(hessian, damp):
     return np.linalg.cholesky(np.linalg.inv(h)).T
 
 
-def gptq(weight, hessian, bits=4, group=128, sym=True, order="none", damp=0.01, least_zero=0, exponent=0.0, forced=None):
-    """(codes, scales, zeros, g_idx, loss [N], drift): by GPTQ, or by rounding to nearest when hessian is None.
+def gptq(weight, hessian, bits=4, group=128, sym=True, order="none", damp=0.01, least_zero=0, exponent=0.0):
+    """(codes, scales, zeros, g_idx, loss [N]): by GPTQ, or by rounding to nearest when hessian is None."""
+    run = Sweep(weight, hessian, bits, group, sym, order, damp, least_zero, exponent)
+    for i in range(weight.shape[1]):
+        g = run.group_of[i]
+        if run.begins(i):
+            run.scales[g], run.zeros[g] = run.grid(i)
+        run.take(i, round_to(run.w[:, i : i + 1], run.scales[g], run.zeros[g], bits)[:, 0])
+    codes, g_idx = np.empty(weight.shape, np.int64), np.empty(weight.shape[1], np.int64)
+    codes[:, run.columns], g_idx[run.columns] = run.codes, run.group_of
+    return codes, run.scales, run.zeros.astype(np.int64), g_idx, run.loss
 
-    forced: codes to take in place of the nearest ones. drift is then the largest distance, in steps, of a weight as it was when its turn came
-    from the nearest point that its forced code stands for, beyond the half step that rounding may lose: 0 but for rounding of the other side."""
-    n, k = weight.shape
-    diagonal = np.ones(k) if hessian is None else np.diag(hessian)
-    columns, group_of, static = sweep_order(diagonal, group, order)
-    w = np.where(diagonal[columns] > 0, weight[:, columns], 0).astype(np.float64)
-    u = None if hessian is None else factor(hessian[np.ix_(columns, columns)], damp)
-    groups = int(group_of.max()) + 1
-    scales, zeros, codes = np.zeros((groups, n)), np.zeros((groups, n)), np.zeros((n, k))
-    if static:
-        whole = np.where(diagonal > 0, weight, 0).astype(np.float64)
-        for g in range(groups):
-            scales[g], zeros[g] = scale_and_zero(whole[:, columns[group_of == g]], bits, sym, least_zero, exponent)
-    loss, drift = np.zeros(n), 0.0
-    for i in range(k):
-        g = group_of[i]
-        if not static and (i == 0 or group_of[i - 1] != g):
-            scales[g], zeros[g] = scale_and_zero(w[:, group_of == g], bits, sym, least_zero, exponent)
-        codes[:, i] = round_to(w[:, i : i + 1], scales[g], zeros[g], bits)[:, 0]
-        if forced is not None:
-            steps = np.clip(w[:, i] / scales[g] + zeros[g], 0, 2**bits - 1)
-            codes[:, i] = forced[:, columns[i]]
-            drift = max(drift, float((np.abs(steps - codes[:, i]) - 0.5).max()))
-        if u is not None:
-            error = (w[:, i] - values_of(codes[:, i : i + 1], scales[g], zeros[g])[:, 0]) / u[i, i]
-            loss += error**2
-            w[:, i + 1 :] -= error[:, None] * u[i, i + 1 :]
-    found, g_idx = np.zeros((n, k), np.int64), np.zeros(k, np.int64)
-    found[:, columns], g_idx[columns] = codes, group_of
-    return found, scales, zeros.astype(np.int64), g_idx, loss, drift
+
+def verify(found, weight, hessian, bits=4, group=128, sym=True, order="none", damp=0.01, least_zero=0, exponent=0.0):
+    """Whether codes, scales and zeros that another computed are those of GPTQ but for its rounding: each is taken as it is, and compared with what
+    would have been taken there. (One code that rounds to the other side of a tie changes all that come after it in its row.)
+
+    found: codes [N, K], scales [G, N], zeros [G, N], g_idx [K]. Returns (by how many steps the worst code is farther than half a step from its
+    weight, the largest relative difference of a scale, the largest difference of a zero, loss [N], whether g_idx is right)."""
+    codes, scales, zeros, g_idx = found
+    run = Sweep(weight, hessian, bits, group, sym, order, damp, least_zero, exponent)
+    drift = scale_off = zero_off = 0.0
+    for i in range(weight.shape[1]):
+        g = run.group_of[i]
+        if run.begins(i):
+            scale, zero = run.grid(i)
+            if exponent > 0:  # ranges whose errors are nearly the same: either will do
+                part = run.w[:, run.group_of == g]
+                errors = [range_error(part, s, z, bits, exponent) for s, z in ((scales[g], zeros[g]), (scale, zero))]
+                scale_off = max(scale_off, float(((errors[0] - errors[1]) / np.maximum(errors[1], 1e-30)).max()))
+            else:
+                scale_off = max(scale_off, float(np.abs(scales[g] / scale - 1).max()))
+                zero_off = max(zero_off, float(np.abs(zeros[g] - zero).max()))
+            run.scales[g], run.zeros[g] = scales[g], zeros[g]
+        steps = np.clip(run.w[:, i] / run.scales[g] + run.zeros[g], 0, 2**bits - 1)
+        given = codes[:, run.columns[i]]
+        drift = max(drift, float((np.abs(steps - given) - 0.5).max()))
+        run.take(i, given)
+    return drift, scale_off, zero_off, run.loss, bool((g_idx[run.columns] == run.group_of).all())
+
+
+class Sweep:
+    """The state of GPTQ on its way, columns in the order of the sweep."""
+
+    def __init__(self, weight, hessian, bits, group, sym, order, damp, least_zero, exponent):
+        n, k = weight.shape
+        self.how = (bits, sym, least_zero, exponent)
+        diagonal = np.ones(k) if hessian is None else np.diag(hessian)
+        self.columns, self.group_of, self.static = sweep_order(diagonal, group, order)
+        self.w = np.where(diagonal[self.columns] > 0, weight[:, self.columns], 0).astype(np.float64)
+        self.first = self.w.copy()
+        self.u = None if hessian is None else factor(hessian[np.ix_(self.columns, self.columns)], damp)
+        self.scales, self.zeros = np.zeros((2, int(self.group_of.max()) + 1, n))
+        self.codes, self.loss = np.zeros((n, k)), np.zeros(n)
+
+    def begins(self, i):
+        """Whether column i is the first of its group."""
+        return not (self.group_of[:i] == self.group_of[i]).any()
+
+    def grid(self, i):
+        """Scale and zero of column i's group: from the weights as they are when it is met, or, static, as they were at first."""
+        return scale_and_zero((self.first if self.static else self.w)[:, self.group_of == self.group_of[i]], *self.how)
+
+    def take(self, i, codes):
+        """Column i gets these codes, and the columns after it make up for its error."""
+        g = self.group_of[i]
+        self.codes[:, i] = codes
+        if self.u is not None:
+            error = (self.w[:, i] - values_of(codes[:, None], self.scales[g], self.zeros[g])[:, 0]) / self.u[i, i]
+            self.loss += error**2
+            self.w[:, i + 1 :] -= error[:, None] * self.u[i, i + 1 :]
