@@ -30,9 +30,10 @@ def options_of(way):
 def perplexity(model, windows):
     total = 0.0
     for ids in windows:
-        logits = model.forward(ids)[:-1].astype(np.float64)
+        logits = model.forward(ids)[:-1]
         logits -= logits.max(axis=1, keepdims=True)
-        total -= (logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits).sum(axis=1))).sum()
+        right = logits[np.arange(len(ids) - 1), ids[1:]].astype(np.float64)
+        total += (np.log(np.exp(logits, out=logits).sum(axis=1, dtype=np.float64)) - right).sum()
     return math.exp(total / sum(len(ids) - 1 for ids in windows))
 
 
