@@ -93,7 +93,7 @@ def _add_quantize_options(parser):
     add("--group", type=int, default=128, metavar="N", help="inputs that share a scale; -1: all of a row; default 128")
     add("--asym", action="store_true", help="zero points where the weights ask for them; else in the middle")
     add("--method", default="gptq", help="gptq, or rtn: round to nearest, which needs no text; default gptq")
-    add("--format", default="gptq", help="how zero points are stored: gptq (less one) or gptq_v2; default gptq")
+    add("--format", help="how zero points are stored: gptq (less one) or gptq_v2; default gptq, with --asym gptq_v2")
     add("--desc-act", action="store_true", help="act-order: --order columns")
     add("--order", help="none, columns, static or groups: in which order columns are rounded (docs/quantization.md)")
     add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it; default 0.01")

@@ -70,7 +70,7 @@ def quantize(
     group: int = 128,
     sym: bool = True,
     method: str = "gptq",
-    format: str = "gptq",
+    format: str | None = None,
     order: str = "none",
     damp: float = 0.01,
     mse: float = 0.0,
@@ -89,7 +89,9 @@ def quantize(
         model: a Hugging Face folder, a .gguf file, "tiny" or a hub id. Embeddings, norms, biases and the output matrix stay as they are.
         out: the folder to make. It must not exist, be empty, or be what an interrupted run left.
         calib: what GPTQ learns from: a text, a pathlib.Path of a text file, token ids, or a list of these.
-        bits, group, sym, method, format, order, damp, mse: see `llmcoopt.quantizer.Options`.
+        bits, group, sym, method, order, damp, mse: see `llmcoopt.quantizer.Options`.
+        format: how zero points are stored: "gptq" (less one) or "gptq_v2" (as they are). None: "gptq" when sym, which every reader knows, else
+            "gptq_v2": GPTQModel refuses asymmetric files of the first kind that others wrote.
         samples, length, seed: at most so many windows of so many tokens (None: 2,048, or the model's context), chosen by the seed.
         threads, isa: as in Model.from_pretrained. The result is the same bits on any number of threads of one instruction set.
         resume: go on from the layers that an interrupted run of the same kind finished, with the same result; False: begin anew.
@@ -99,7 +101,7 @@ def quantize(
     activations that are NaN or infinite), StorageError (a full disk, for one; the layers that are finished stay), and what loading raises.
     """
     begun = time.monotonic()
-    options = Options(bits, group, sym, method, format, order, float(damp), float(mse))
+    options = Options(bits, group, sym, method, format or ("gptq" if sym else "gptq_v2"), order, float(damp), float(mse))
     checkpoint = _load(model, revision)
     windows = []
     if method == "gptq":

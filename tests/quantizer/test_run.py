@@ -42,7 +42,7 @@ def quantised(folder):
     [
         {},
         {"bits": 2, "group": 64, "sym": False, "format": "gptq_v2"},
-        {"bits": 3, "group": 32, "order": "columns", "sym": False},
+        {"bits": 3, "group": 32, "order": "columns", "sym": False, "format": "gptq"},
         {"bits": 4, "group": 48, "order": "static", "mse": 2.4},
         {"bits": 8, "group": -1, "order": "groups"},
         {"bits": 4, "group": 32, "order": "groups", "sym": False},
@@ -73,7 +73,7 @@ def test_every_matrix_is_gptq_of_what_it_reads(family, tmp_path, ids):
     """The inputs of a matrix come from the model as it is quantised up to there: the quantised model itself shows them."""
     more = {"mistral": {"sliding_window": 24}, "llama": {"attention_bias": True, "mlp_bias": True}}.get(family, {})
     original = checkpoints.make(tmp_path / "source", family, dtype="bfloat16", **SHAPE, **more)
-    lc.quantize(tmp_path / "source", tmp_path / "out", ids, group=32, sym=False, length=128, samples=5, isa="avx2", **QUIET)
+    lc.quantize(tmp_path / "source", tmp_path / "out", ids, group=32, sym=False, format="gptq", length=128, samples=5, isa="avx2", **QUIET)
     arrays = checkpoints.read_safetensors(tmp_path / "out" / "model.safetensors")
     sums = {}
 
@@ -410,15 +410,30 @@ def test_transformers_computes_the_same(source, tmp_path, ids):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("how", [{}, {"order": "columns", "sym": False}, {"bits": 8}, {"sym": False, "format": "gptq_v2"}], ids=str)
-def test_gptqmodel_loads_it(source, tmp_path, ids, how):
-    """GPTQModel's reader in plain PyTorch, where it is installed."""
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"order": "columns", "sym": False},
+        {"bits": 8},
+        {"bits": 3, "sym": False},
+        {"sym": False, "format": "gptq_v2"},
+        {"order": "groups"},
+    ],
+    ids=str,
+)
+def test_gptqmodel_loads_it(tmp_path, how):
+    """GPTQModel's reader in plain PyTorch, where it is installed: it has the weights that the specification decodes."""
     gptqmodel, torch = pytest.importorskip("gptqmodel"), pytest.importorskip("torch")
-    out = tmp_path / "out"
-    lc.quantize(source, out, ids, group=32, **how, **QUIET)
-    theirs = gptqmodel.GPTQModel.load(str(out), backend=gptqmodel.BACKEND.TORCH, device="cpu")
-    prompt = checkpoints.prompt(40, vocab=64)
-    with torch.no_grad():
-        right = theirs.model(torch.tensor([prompt])).logits[0].float().numpy()
+    out, prompt = tmp_path / "out", checkpoints.prompt(40, vocab=512)
+    lc.quantize("tiny", out, checkpoints.prompt(1000, vocab=512), group=64, length=250, **how, **QUIET)
+    theirs = gptqmodel.GPTQModel.load(str(out), backend=gptqmodel.BACKEND.TORCH, device="cpu", dtype=torch.float16).model
     config, weights = quantised(out)
-    assert checkpoints.error(right, reference.forward(config, weights, prompt)) < 0.05
+    modules = {name: module for name, module in theirs.named_modules() if hasattr(module, "dequantize_weight")}
+    assert len(modules) == 28
+    for name, module in modules.items():
+        found, right = module.dequantize_weight().float().numpy().T, weights[f"{name}.weight"]
+        assert np.abs(found - right).max() <= 2**-10 * np.abs(right).max(), name  # a product in float16
+    with torch.no_grad():
+        logits = theirs(torch.tensor([prompt])).logits[0].float().numpy()
+    assert checkpoints.error(logits, reference.forward(config, weights, prompt)) < 0.02
