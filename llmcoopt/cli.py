@@ -104,6 +104,7 @@ def _add_quantize_options(parser):
         metavar="P",
         help="search the range of each group for the smallest sum of |error|^P (2.4 is usual)",
     )
+    add("--sink", type=float, default=1 / 16, metavar="S", help="share of a window that its first token counts as; default 0.0625")
     add("--samples", type=int, default=128, help="windows of text; default 128")
     add("--length", type=int, metavar="N", help="tokens of a window; default 2048, or the model's context")
     add("--seed", type=int, default=0, help="which windows are taken where the text has more; default 0")
@@ -193,7 +194,7 @@ def _quantize(args):
 
     if args.desc_act and args.order not in (None, "columns"):
         raise ArgumentError(f"--desc-act means --order columns, but --order is {args.order!r}; expected one of them")
-    names = ("bits", "group", "method", "format", "damp", "mse", "samples", "length", "seed", "threads")
+    names = ("bits", "group", "method", "format", "damp", "mse", "sink", "samples", "length", "seed", "threads")
     options = {name: getattr(args, name) for name in names}
     options |= {"sym": not args.asym, "order": args.order or ("columns" if args.desc_act else "none"), "resume": not args.restart}
     calib = [Path(text) if os.path.exists(text) else text for text in args.calib or ()]

@@ -35,7 +35,7 @@ COPIED += ("additional_chat_templates",)
 
 def quantization_config(options: Options) -> dict:
     """config.json's quantization_config, with the keys that GPTQModel writes and transformers reads."""
-    meta = {"quantizer": [f"llmcoopt:{__version__}"], "method": options.method, "mse": options.mse}
+    meta = {"quantizer": [f"llmcoopt:{__version__}"], "method": options.method, "mse": options.mse, "sink": options.sink}
     meta |= {"damp_percent": options.damp, "static_groups": options.order == "static", "act_group_aware": options.order == "groups"}
     return {
         "quant_method": "gptq",

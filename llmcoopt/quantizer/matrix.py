@@ -35,13 +35,13 @@ class Hessian:
     """The sums over calibration tokens that GPTQ needs of a matrix's inputs, and the order and factor that follow from them."""
 
     def __init__(self, context, inputs: int):
-        self.context, self.sums, self.tokens = context, np.zeros((inputs, inputs)), 0
-        self._factors: dict[bytes, np.ndarray] = {}
+        self.context, self.sums, self.rows = context, np.zeros((inputs, inputs)), 0
+        self._factors: dict[tuple[bytes, float], np.ndarray] = {}
 
     def add(self, rows: np.ndarray) -> None:
         """rows: float32 [tokens, inputs]."""
         self.context.hessian_add(self.sums, rows)
-        self.tokens += len(rows)
+        self.rows += len(rows)
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -54,14 +54,14 @@ class Hessian:
 
     def factor(self, columns: np.ndarray, damp: float, where: str) -> np.ndarray:
         """As inverse_factor gives it, for columns in this order; kept, as several matrices share their inputs."""
-        key = columns.tobytes()
+        key = columns.tobytes(), damp
         if key not in self._factors:
             live = self.diagonal[self.diagonal > 0]
             factor = np.empty(self.sums.shape, np.float32)
             added = damp * float(live.mean()) if len(live) else 0.0
             if not self.context.inverse_factor(factor, self.sums, columns, added):
                 raise NumericError(
-                    f"{where}: the {self.tokens} calibration tokens do not determine its {len(columns)} inputs: "
+                    f"{where}: {self.rows} rows of calibration inputs do not determine its {len(columns)} inputs: "
                     f"expected more text, or a damp above {damp:g}"
                 )
             self._factors[key] = factor

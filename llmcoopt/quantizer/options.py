@@ -16,7 +16,10 @@ class Options:
 
     order: in which order GPTQ rounds columns: "none": as they lie; "columns": by their inputs' size (act-order, desc_act); "static": the same,
     with groups as the columns lie; "groups": whole groups by size, and columns by size within. damp: share of the mean of the Hessian's
-    diagonal that is added to it. mse: > 0: search the range of a group for the smallest sum of |error|^mse."""
+    diagonal that is added to it. mse: > 0: search the range of a group for the smallest sum of |error|^mse.
+
+    sink: the first token of a window counts as this share of the window's tokens. Every later token attends to it, so what its key and value lose
+    shows everywhere, but as one of 2,048 GPTQ would give it up for the others. 0: it counts as one token, as GPTQ was published."""
 
     bits: int = 4
     group: int = 128
@@ -26,6 +29,7 @@ class Options:
     order: str = "none"
     damp: float = 0.01
     mse: float = 0.0
+    sink: float = 1 / 16
 
     def __post_init__(self):
         _one_of("bits", self.bits, BITS)
@@ -38,6 +42,8 @@ class Options:
             raise ArgumentError(f"order: found {self.order!r} with method 'rtn', which rounds every weight by itself; expected 'none'")
         if not 0 <= self.damp <= 1:
             raise ArgumentError(f"damp: found {self.damp!r}, expected a number from 0 to 1")
+        if not 0 <= self.sink <= 1:
+            raise ArgumentError(f"sink: found {self.sink!r}, expected a share from 0 to 1")
         if not 0 <= self.mse <= 10:
             raise ArgumentError(f"mse: found {self.mse!r}, expected an exponent above 0 (2.4 is usual), at most 10, or 0 for no search")
 

@@ -6,6 +6,7 @@ on: later matrices make up for what earlier ones lost. Held are the inputs of on
 
 import hashlib
 import itertools
+import math
 import os
 import tempfile
 import time
@@ -74,6 +75,7 @@ def quantize(
     order: str = "none",
     damp: float = 0.01,
     mse: float = 0.0,
+    sink: float = 1 / 16,
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
@@ -89,7 +91,7 @@ def quantize(
         model: a Hugging Face folder, a .gguf file, "tiny" or a hub id. Embeddings, norms, biases and the output matrix stay as they are.
         out: the folder to make. It must not exist, be empty, or be what an interrupted run left.
         calib: what GPTQ learns from: a text, a pathlib.Path of a text file, token ids, or a list of these.
-        bits, group, sym, method, order, damp, mse: see `llmcoopt.quantizer.Options`.
+        bits, group, sym, method, order, damp, mse, sink: see `llmcoopt.quantizer.Options`.
         format: how zero points are stored: "gptq" (less one) or "gptq_v2" (as they are). None: "gptq" when sym, which every reader knows, else
             "gptq_v2": GPTQModel refuses asymmetric files of the first kind that others wrote.
         samples, length, seed: at most so many windows of so many tokens (None: 2,048, or the model's context), chosen by the seed.
@@ -101,7 +103,7 @@ def quantize(
     activations that are NaN or infinite), StorageError (a full disk, for one; the layers that are finished stay), and what loading raises.
     """
     begun = time.monotonic()
-    options = Options(bits, group, sym, method, format or ("gptq" if sym else "gptq_v2"), order, float(damp), float(mse))
+    options = Options(bits, group, sym, method, format or ("gptq" if sym else "gptq_v2"), order, float(damp), float(mse), float(sink))
     checkpoint = _load(model, revision)
     windows = []
     if method == "gptq":
@@ -204,7 +206,7 @@ class _Run:
 
     def inputs(self, layer, stage, held):
         """The Hessian of a stage's inputs; on the way there the stream takes in what the stage before has quantised."""
-        hessian = None
+        hessian, firsts = None, []
         for x, attended in zip(held.streams, held.attended, strict=True):
             if stage == 0:
                 rows = layer.attention_input(x)
@@ -217,7 +219,9 @@ class _Run:
                 rows = layer.down_input(x)
             hessian = hessian or Hessian(self.context, rows.shape[1])
             hessian.add(rows)
+            firsts.append(rows[0] * math.sqrt(max(0.0, self.options.sink * len(x) - 1)))
             self.bar.update(self.costs.window(stage, len(x)))
+        hessian.add(np.stack(firsts))
         hessian.check(f"model.layers.{layer.index}.{STAGES[stage][0]}")
         return hessian
 

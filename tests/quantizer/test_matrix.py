@@ -225,7 +225,7 @@ def test_too_little_text_without_damping():
     x = np.ones((20, 64), np.float32)
     hessian = hessian_of(context, x)
     with pytest.raises(
-        NumericError, match=r"^m: the 20 calibration tokens do not determine its 64 inputs: expected more text, or a damp above 0"
+        NumericError, match=r"^m: 20 rows of calibration inputs do not determine its 64 inputs: expected more text, or a damp above 0"
     ):
         quantize_matrix(context, weights(8, 64), hessian, Options(damp=0.0), "m")
     quantize_matrix(context, weights(8, 64), hessian, Options(damp=0.01), "m")

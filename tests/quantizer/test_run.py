@@ -73,17 +73,34 @@ def test_every_matrix_is_gptq_of_what_it_reads(family, tmp_path, ids):
     """The inputs of a matrix come from the model as it is quantised up to there: the quantised model itself shows them."""
     more = {"mistral": {"sliding_window": 24}, "llama": {"attention_bias": True, "mlp_bias": True}}.get(family, {})
     original = checkpoints.make(tmp_path / "source", family, dtype="bfloat16", **SHAPE, **more)
-    lc.quantize(tmp_path / "source", tmp_path / "out", ids, group=32, sym=False, format="gptq", length=128, samples=5, isa="avx2", **QUIET)
+    lc.quantize(
+        tmp_path / "source",
+        tmp_path / "out",
+        ids,
+        group=32,
+        sym=False,
+        format="gptq",
+        length=128,
+        samples=5,
+        sink=0.25,
+        isa="avx2",
+        **QUIET,
+    )
     arrays = checkpoints.read_safetensors(tmp_path / "out" / "model.safetensors")
-    sums = {}
+    sums, begun = {}, set()
 
     def look(point, layer, rows):
-        sums[point, layer] = sums.get((point, layer), 0) + rows.astype(np.float64).T @ rows
+        rows = rows.astype(np.float64)
+        if (point, layer) not in begun:  # the first chunk of a window: its first token counts as a quarter of 128
+            rows[0] *= 32**0.5
+            begun.add((point, layer))
+        sums[point, layer] = sums.get((point, layer), 0) + rows.T @ rows
 
     with lc.Model.from_pretrained(tmp_path / "out", isa="avx2") as model:
         assert model.dtype == "bfloat16"
         for at in range(0, 1000, 128)[:7]:
             window = ids[at : at + 128]
+            begun.clear()
             if at in chosen(ids):
                 with lc.KVCache(model, "float32", max_tokens=128) as cache:
                     model.forward(window, cache.sequence(), tap=lc.Tap(["attention_input", "attended", "mlp_input", "down_input"], look))
@@ -152,7 +169,7 @@ def test_folders_as_transformers_knows_them(source, tmp_path, ids):
         "group_size": 32,
         "sym": False,
         "desc_act": True,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq_v2",
         "lm_head": False,
     }
     assert {key: said[key] for key in keys} == keys
@@ -340,6 +357,7 @@ def test_too_little_text(source, tmp_path, ids):
         ({"order": "columns", "method": "rtn"}, "order: found 'columns' with method 'rtn'"),
         ({"damp": -1}, "damp: found -1.0, expected a number from 0 to 1"),
         ({"mse": float("nan")}, "mse: found nan"),
+        ({"sink": 2}, "sink: found 2.0, expected a share from 0 to 1"),
         ({"samples": 0}, "samples: found 0, expected a number of windows from 1"),
         ({"length": 300}, "length: found 300, expected 32 to 256, the model's context"),
     ],
