@@ -155,10 +155,11 @@ def tokenizer_files(checkpoint: LoadedCheckpoint) -> dict[str, bytes]:
         advice = "put the tokenizer.model of the original model into the result"
         warnings.warn(f"{source}: its SentencePiece vocabulary cannot be written as tokenizer.json; {advice}", stacklevel=4)
         return {}
-    return _gguf_tokenizer(tokenizer, checkpoint.config.max_positions)
+    return gguf_tokenizer(tokenizer, checkpoint.config.max_positions)
 
 
-def _gguf_tokenizer(tokenizer, context):
+def gguf_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
+    """Files of a Hugging Face folder for the byte-level tokenizer of a GGUF file; context: the model's."""
     encoder, facts = tokenizer._encoder, tokenizer._facts
     inner = json.loads(encoder.inner.to_str())
     if facts.before or facts.after:
