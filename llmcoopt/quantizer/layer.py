@@ -18,6 +18,12 @@ def as_float32(tensor: Tensor) -> np.ndarray:
     return (values.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else values.astype(np.float32, copy=False)
 
 
+def for_operators(values: np.ndarray, dtype: str) -> tuple[np.ndarray, str]:
+    """(array, type) as operators take them: 16-bit types as their bits. dtype: safetensors'."""
+    values = np.ascontiguousarray(values)
+    return (values.view(np.uint16) if dtype == "F16" else values), DTYPES[dtype]
+
+
 class Layer:
     """A layer over windows of text that each stand alone. x: float32 [tokens, hidden], the residual stream of one window."""
 
@@ -27,7 +33,7 @@ class Layer:
         self._tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         self._vectors = {name: as_float32(tensor) for name, tensor in self._tensors.items() if len(tensor.shape) == 1}
         self._matrices = {
-            name.removesuffix(".weight"): (tensor.numpy(), DTYPES[tensor.dtype])
+            name.removesuffix(".weight"): for_operators(tensor.numpy(), tensor.dtype)
             for name, tensor in self._tensors.items()
             if len(tensor.shape) == 2
         }
@@ -38,7 +44,7 @@ class Layer:
 
     def replace(self, name: str, values: np.ndarray, dtype: str) -> None:
         """From now on the matrix has these values: in safetensors' dtype, [out, in]."""
-        self._matrices[name] = (np.ascontiguousarray(values), DTYPES[dtype])
+        self._matrices[name] = for_operators(values, dtype)
 
     def attention_input(self, x):
         return self._norm(x, "input_layernorm")

@@ -18,17 +18,18 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import _limits, loaders
+from .._arrays import bytes_text
 from .._core import OpContext
 from .._version import __version__
 from ..cache_file import fingerprint
-from ..errors import ArgumentError, NumericError, StorageError
+from ..errors import ArgumentError, NumericError, OutOfMemoryError, StorageError
 from ..loaders.checkpoint import in_threads
 from ..loaders.quant_config import read_quant_config
 from ..loaders.quant_modules import decode_dtype, module_weight, split_modules
 from ..loaders.shapes import layer_matrices
 from ..tokenizer import Tokenizer
 from .folder import OutputFolder, gguf_hf_config, quantization_config, tokenizer_files
-from .layer import DTYPES, Layer, as_float32
+from .layer import Layer, as_float32, for_operators
 from .matrix import Hessian, gptq_tensors, quantize_matrix
 from .options import Options
 from .text import calibration_windows
@@ -100,7 +101,8 @@ def quantize(
         progress: a bar on stderr.
 
     Raises ArgumentError (options, too little text, a model that is quantised already, a folder that is not empty), NumericError (weights or
-    activations that are NaN or infinite), StorageError (a full disk, for one; the layers that are finished stay), and what loading raises.
+    activations that are NaN or infinite), StorageError (a full disk, for one; the layers that are finished stay), OutOfMemoryError, and what loading
+    raises.
     """
     begun = time.monotonic()
     options = Options(bits, group, sym, method, format or ("gptq" if sym else "gptq_v2"), order, float(damp), float(mse), float(sink))
@@ -121,7 +123,10 @@ def quantize(
     beside = tokenizer_files(checkpoint)
     folder = OutputFolder(Path(out), about, resume)
     run = _Run(checkpoint, options, context, windows, folder, progress)
-    run.layers()
+    try:
+        run.layers()
+    except MemoryError as error:
+        raise OutOfMemoryError(_needs(checkpoint.config, tokens)) from error
     nbytes = folder.finish(checkpoint, options, beside)
     matrices = len(layer_matrices(checkpoint.config)) * checkpoint.config.num_hidden_layers
     return QuantizationReport(Path(out), options, matrices, tokens, checkpoint.nbytes, nbytes, time.monotonic() - begun, dict(run.losses))
@@ -160,6 +165,15 @@ def _warn_of_little_text(tokens, config, method):
         )
 
 
+def _needs(config, tokens):
+    widest = max(inputs for _, inputs in layer_matrices(config).values())
+    held = 4 * tokens * (config.hidden_size + config.num_attention_heads * config.head_dim)
+    return (
+        f"out of memory: the sums and the factor of {widest} inputs take {bytes_text(12 * widest**2)}, "
+        f"activations of {tokens:,} tokens {bytes_text(held)}; pass fewer samples, and go on with the same command where more memory is free"
+    )
+
+
 class _Run:
     def __init__(self, checkpoint, options, context, windows, folder, progress):
         self.checkpoint, self.options, self.context = checkpoint, options, context
@@ -191,7 +205,7 @@ class _Run:
     def embed(self, held):
         table = self.checkpoint.tensors["model.embed_tokens.weight"]
         for ids, x in zip(self.windows, held.streams, strict=True):
-            self.context.embed(x, ids, table.numpy(), DTYPES[table.dtype])
+            self.context.embed(x, ids, *for_operators(table.numpy(), table.dtype))
 
     def quantize_layer(self, layer, held):
         made = {}

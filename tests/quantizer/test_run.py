@@ -15,7 +15,7 @@ import llmcoopt as lc
 from llmcoopt import reference, reference_quant
 from llmcoopt._core import OpContext
 from llmcoopt.config import parse_config
-from llmcoopt.errors import ArgumentError, MissingFileError, NumericError, StorageError
+from llmcoopt.errors import ArgumentError, MissingFileError, NumericError, OutOfMemoryError, StorageError
 from llmcoopt.loaders import lint, load, load_folder, read_safetensors
 from llmcoopt.quantizer import run as run_module
 from llmcoopt.quantizer.layer import Layer
@@ -66,6 +66,20 @@ def test_what_is_written_is_loaded(source, tmp_path, ids, how):
         assert checkpoints.error(model.forward(prompt), reference.forward(config, weights, prompt)) < 0.05
     original = checkpoints.read(source)[1]
     assert np.array_equal(weights["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_types_of_weights(tmp_path, ids, dtype):
+    """What is not quantised stays as it is; the rest decodes to what the config's type asks for."""
+    checkpoints.make(tmp_path / "source", dtype=dtype, **SHAPE)
+    lc.quantize(tmp_path / "source", tmp_path / "out", ids, group=32, **QUIET)
+    assert lint(tmp_path / "out") == []
+    config, weights = quantised(tmp_path / "out")
+    assert weights["model.embed_tokens.weight"].dtype == dtype
+    prompt = checkpoints.prompt(40, vocab=64)
+    with lc.Model.from_pretrained(tmp_path / "out") as model:
+        assert model.dtype == {"float32": "bfloat16"}.get(dtype, dtype)
+        assert checkpoints.error(model.forward(prompt), reference.forward(config, weights, prompt)) < 0.05
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
@@ -275,6 +289,17 @@ def test_a_full_disk(source, tmp_path, run_script):
     assert [path.name for path in (out / ".quantize").iterdir()] == ["run.json"]  # nothing half written stays
     lc.quantize(source, out, list(range(64)) * 16, **QUIET)
     assert lint(out) == []
+
+
+def test_out_of_memory(source, tmp_path, ids, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, MemoryError)
+        message = (
+            "^out of memory: the sums and the factor of 96 inputs take 108 KiB, activations of 1,000 tokens 500 KiB; pass fewer samples"
+        )
+        with pytest.raises(OutOfMemoryError, match=message):
+            lc.quantize(source, tmp_path / "out", ids, **QUIET)
+    lc.quantize(source, tmp_path / "out", ids, **QUIET)
 
 
 # ---------------------------------------------------------------- refused
