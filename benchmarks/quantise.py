@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from quality import window_nll
 
 import llmcoopt as lc
 
@@ -28,13 +29,7 @@ def options_of(way):
 
 
 def perplexity(model, windows):
-    total = 0.0
-    for ids in windows:
-        logits = model.forward(ids)[:-1]
-        logits -= logits.max(axis=1, keepdims=True)
-        right = logits[np.arange(len(ids) - 1), ids[1:]].astype(np.float64)
-        total += (np.log(np.exp(logits, out=logits).sum(axis=1, dtype=np.float64)) - right).sum()
-    return math.exp(total / sum(len(ids) - 1 for ids in windows))
+    return math.exp(np.mean([window_nll(model, ids, model.dtype) for ids in windows]))
 
 
 def main():
