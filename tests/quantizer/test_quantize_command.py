@@ -9,7 +9,7 @@ import time
 
 import checkpoints
 import pytest
-from conftest import SHAPE
+from small import SHAPE
 
 from llmcoopt.cli import main
 from llmcoopt.loaders import lint, load

@@ -9,7 +9,7 @@ import checkpoints
 import gptq_oracle as oracle
 import numpy as np
 import pytest
-from conftest import SHAPE
+from small import SHAPE
 
 import llmcoopt as lc
 from llmcoopt import reference, reference_quant
