@@ -9,6 +9,7 @@ from .dtype_choice import CacheChoice, choose_cache_dtype
 from .errors import Error
 from .generation import Generation, GenerationOutput, generate
 from .model import Model
+from .quantizer import QuantizationReport, quantize
 from .taps import Tap
 from .tokenizer import Tokenizer
 
@@ -20,6 +21,7 @@ __all__ = [
     "KVCache",
     "KVCacheReport",
     "Model",
+    "QuantizationReport",
     "Sequence",
     "Tap",
     "Tokenizer",
@@ -29,4 +31,5 @@ __all__ = [
     "errors",
     "generate",
     "isas",
+    "quantize",
 ]

@@ -208,6 +208,24 @@ class OpContext:
         sinks: int = 0,
         buffer: tuple[int, Buffer] | None = None,
     ) -> None: ...
+    def hessian_add(self, h: Buffer, x: Buffer) -> None: ...
+    def inverse_factor(self, factor: Buffer, h: Buffer, order: Buffer, damp: float) -> bool: ...
+    def sweep_block(
+        self,
+        w: Buffer,
+        factor: Buffer | None,
+        codes: Buffer,
+        scales: Buffer,
+        zeros: Buffer,
+        loss: Buffer,
+        group_of: Buffer,
+        columns: tuple[int, int],
+        bits: int,
+        sym: bool = True,
+        find: bool = True,
+        least_zero: int = 0,
+        exponent: float = 0.0,
+    ) -> bool: ...
 
 def isas() -> list[str]:
     """Names of the instruction sets that this machine can run, best last."""

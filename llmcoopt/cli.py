@@ -1,12 +1,13 @@
-"""The command line: llmcoopt demo | info | lint | generate | chat."""
+"""The command line: llmcoopt demo | info | lint | quantize | generate | chat."""
 
 import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from ._version import __version__
-from .errors import Error
+from .errors import ArgumentError, Error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     lint.set_defaults(run=_lint)
 
+    quantize = commands.add_parser("quantize", help="write a copy of a model with weights of 2, 3, 4 or 8 bits, in GPTQ's format")
+    quantize.add_argument("model", metavar="MODEL", help=model_help)
+    quantize.add_argument("out", metavar="OUT", help="the folder to make, or one that an interrupted run left, which is gone on with")
+    _add_quantize_options(quantize)
+    quantize.set_defaults(run=_quantize)
+
     generate = commands.add_parser("generate", help="continue a text")
     generate.add_argument("model", metavar="MODEL", help=model_help)
     generate.add_argument("--prompt", required=True, help="the text to continue; '-' reads it from standard input")
@@ -74,6 +81,38 @@ def _add_common(parser):
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
 
 
+def _add_quantize_options(parser):
+    add = parser.add_argument
+    add(
+        "--calib",
+        action="append",
+        metavar="FILE",
+        help="text that GPTQ learns from (a file, or the text itself); may be given several times",
+    )
+    add("--bits", type=int, default=4, help="2, 3, 4 or 8; default 4")
+    add("--group", type=int, default=128, metavar="N", help="inputs that share a scale; -1: all of a row; default 128")
+    add("--asym", action="store_true", help="zero points where the weights ask for them; else in the middle")
+    add("--method", default="gptq", help="gptq, or rtn: round to nearest, which needs no text; default gptq")
+    add("--format", help="how zero points are stored: gptq (less one) or gptq_v2; default gptq, with --asym gptq_v2")
+    add("--desc-act", action="store_true", help="act-order: --order columns")
+    add("--order", help="none, columns, static or groups: in which order columns are rounded (docs/quantization.md)")
+    add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it; default 0.01")
+    add(
+        "--mse",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="search the range of each group for the smallest sum of |error|^P (2.4 is usual)",
+    )
+    add("--sink", type=float, default=1 / 16, metavar="S", help="share of a window that its first token counts as; default 0.0625")
+    add("--samples", type=int, default=128, help="windows of text; default 128")
+    add("--length", type=int, metavar="N", help="tokens of a window; default 2048, or the model's context")
+    add("--seed", type=int, default=0, help="which windows are taken where the text has more; default 0")
+    add("--threads", type=int, default=0, help="default: all CPUs this process may use")
+    add("--restart", action="store_true", help="do not go on with what an interrupted run left in OUT")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
 def _add_options(parser, max_new_tokens):
     _add_common(parser)
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"default {max_new_tokens}")
@@ -90,13 +129,17 @@ def _options(args) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def _load(args):
+def _path(args):
     from . import loaders
+
+    return loaders.smollm2.fetch() if args.model == "smollm2" else args.model
+
+
+def _load(args):
     from .model import Model
     from .tokenizer import Tokenizer
 
-    path = loaders.smollm2.fetch() if args.model == "smollm2" else args.model
-    model = Model.from_pretrained(path, dtype=args.dtype, threads=args.threads)
+    model = Model.from_pretrained(_path(args), dtype=args.dtype, threads=args.threads)
     return model, Tokenizer.from_pretrained(model.tokenizer_source)
 
 
@@ -143,6 +186,31 @@ def _lint(args):
             print(f"{'error' if finding.error else 'warning'}: {finding}")
         print(f"{args.path}: {errors} errors, {len(findings) - errors} warnings")
     return 1 if findings else 0
+
+
+def _quantize(args):
+    from ._arrays import bytes_text
+    from .quantizer import quantize
+
+    if args.desc_act and args.order not in (None, "columns"):
+        raise ArgumentError(f"--desc-act means --order columns, but --order is {args.order!r}; expected one of them")
+    names = ("bits", "group", "method", "format", "damp", "mse", "sink", "samples", "length", "seed", "threads")
+    options = {name: getattr(args, name) for name in names}
+    options |= {"sym": not args.asym, "order": args.order or ("columns" if args.desc_act else "none"), "resume": not args.restart}
+    calib = [Path(text) if os.path.exists(text) else text for text in args.calib or ()]
+    try:
+        report = quantize(_path(args), args.out, calib, **options)
+    except KeyboardInterrupt:
+        print("\nllmcoopt: finished layers are kept: the same command goes on after them", file=sys.stderr)
+        raise
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    groups = "rows" if args.group == -1 else f"groups of {args.group}"
+    print(
+        f"{args.out}: {report.matrices} matrices of {args.bits} bits in {groups}; "
+        f"{bytes_text(report.source_bytes)} became {bytes_text(report.bytes)} in {report.seconds:.0f} s"
+    )
 
 
 def _generate(args):

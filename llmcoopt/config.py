@@ -41,6 +41,18 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()  # longrope, head_dim / 2 values: frequencies are divided by them
     long_factor: tuple[float, ...] = ()
 
+    def to_hf(self) -> dict | None:
+        """The values of a config's rope_scaling; None: there is none."""
+        if self.kind == "default":
+            return None
+        names = {"yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor"), "llama3": ("low_freq_factor", "high_freq_factor")}
+        names["longrope"] = ("attention_factor", "short_factor", "long_factor")
+        values = {name: getattr(self, name) for name in ("factor", *names.get(self.kind, ()))}
+        values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        if self.kind in names:
+            values["original_max_position_embeddings"] = int(self.original_max)
+        return {"rope_type": self.kind, **values}
+
     def to_core(self) -> dict:
         core = {f.name: getattr(self, f.name) for f in fields(self)}
         core["short_factor"], core["long_factor"] = list(self.short_factor) or None, list(self.long_factor) or None
@@ -109,6 +121,24 @@ class ModelConfig:
     def eos_token_id(self) -> int | list[int] | None:
         """As transformers shows it: nothing, one id, or a list."""
         return None if not self.eos_token_ids else self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids)
+
+    def to_hf(self) -> dict:
+        """A config.json that `parse_config` reads as this, and transformers too."""
+        found = {"architectures": [FAMILIES[self.model_type]["architecture"]], "model_type": self.model_type}
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        names += ("head_dim", "rms_norm_eps", "max_position_embeddings", "hidden_act", "tie_word_embeddings")
+        found |= {name: getattr(self, name) for name in names}
+        found |= {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
+        if self.model_type in ("llama", "qwen3"):
+            found["attention_bias"] = self.attention_bias
+        if self.model_type == "llama":
+            found["mlp_bias"] = self.mlp_bias
+        elif self.model_type == "mistral":
+            found["sliding_window"] = max(self.window) if self.window else None
+        elif self.window:
+            kinds = ["sliding_attention" if size else "full_attention" for size in self.window]
+            found |= {"use_sliding_window": True, "sliding_window": max(self.window), "layer_types": kinds}
+        return found | {"rope_theta": self.rope.theta, "rope_scaling": self.rope.to_hf()}
 
     def to_core(self) -> dict:
         """The dict that the C extension takes: the fields of lco_model_config, with `rope` a dict of lco_rope_config's."""

@@ -18,9 +18,10 @@ INCLUDES = {
     "base": set(),
     "ops": {"base"},
     "kv": {"base", "ops"},
+    "quant": {"base", "ops"},
     "model": {"base", "ops", "kv"},
     "engine": {"base", "ops", "kv", "model"},
-    "python": {"base", "ops", "model", ""},
+    "python": {"base", "ops", "model", "quant", ""},
     "": {"engine", "kv", "model"},
 }
 # Python modules from low to high: a module imports modules of lower rank only (or of its own package).
@@ -36,7 +37,7 @@ RANKS = [
     ["generation"],
     ["model"],
     ["damage"],
-    ["dtype_choice"],
+    ["dtype_choice", "quantizer"],
     ["chat_session"],
     ["demo"],
     ["cli"],

@@ -146,4 +146,10 @@ PyObject *lco_py_rope_append(PyObject *self, PyObject *args, PyObject *kw);
 PyObject *lco_py_attention(PyObject *self, PyObject *args, PyObject *kw);
 PyObject *lco_py_choose_pages(PyObject *self, PyObject *args, PyObject *kw);
 
+/* py_quant.c */
+extern const char lco_py_hessian_add_doc[], lco_py_inverse_factor_doc[], lco_py_sweep_block_doc[];
+PyObject *lco_py_hessian_add(PyObject *self, PyObject *args, PyObject *kw);
+PyObject *lco_py_inverse_factor(PyObject *self, PyObject *args, PyObject *kw);
+PyObject *lco_py_sweep_block(PyObject *self, PyObject *args, PyObject *kw);
+
 #endif

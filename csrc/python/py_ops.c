@@ -279,6 +279,9 @@ static const PyMethodDef CONTEXT_METHODS[] = {
     {"rope_append", (PyCFunction)(void (*)(void))lco_py_rope_append, METH_VARARGS | METH_KEYWORDS, lco_py_rope_append_doc},
     {"attention", (PyCFunction)(void (*)(void))lco_py_attention, METH_VARARGS | METH_KEYWORDS, lco_py_attention_doc},
     {"choose_pages", (PyCFunction)(void (*)(void))lco_py_choose_pages, METH_VARARGS | METH_KEYWORDS, lco_py_choose_pages_doc},
+    {"hessian_add", (PyCFunction)(void (*)(void))lco_py_hessian_add, METH_VARARGS | METH_KEYWORDS, lco_py_hessian_add_doc},
+    {"inverse_factor", (PyCFunction)(void (*)(void))lco_py_inverse_factor, METH_VARARGS | METH_KEYWORDS, lco_py_inverse_factor_doc},
+    {"sweep_block", (PyCFunction)(void (*)(void))lco_py_sweep_block, METH_VARARGS | METH_KEYWORDS, lco_py_sweep_block_doc},
     {NULL, NULL, 0, NULL}};
 
 static const PyGetSetDef CONTEXT_GETSET[] = {

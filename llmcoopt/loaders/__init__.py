@@ -10,7 +10,7 @@ from . import smollm2
 from .checkpoint import LoadedCheckpoint, in_threads
 from .gguf import read_metadata
 from .gguf_model import load_gguf
-from .hf import load_folder
+from .hf import load_folder, read_json
 from .hub import resolve
 from .lint import lint
 from .lint import to_json as finding_to_json
@@ -25,6 +25,8 @@ __all__ = [
     "finding_to_json",
     "lint",
     "load",
+    "load_folder",
+    "read_json",
     "read_metadata",
     "read_safetensors",
     "resolve",
