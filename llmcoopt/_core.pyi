@@ -144,6 +144,14 @@ class OpContext:
     def linear(
         self, x: Buffer, parts: _Sequence[tuple[Buffer, Buffer, str, Buffer | None]], m_prompt: int = 0, accumulate: bool = False
     ) -> None: ...
+    def linear_quantized(
+        self,
+        x: Buffer,
+        parts: _Sequence[tuple[Buffer, Buffer, str, Buffer | None]],
+        m_prompt: int = 0,
+        accumulate: bool = False,
+        x_int8: bool = False,
+    ) -> None: ...
     def swiglu(self, out: Buffer, gate: Buffer, up: Buffer) -> None: ...
     def mlp(
         self,
@@ -222,6 +230,29 @@ def dequantize_groups(
     codes: Buffer, k: int, scales: Buffer, zeros: Buffer, group_of: Buffer | None, group_size: int, out: Buffer, dtype: str
 ) -> int:
     """out[r, c] = scales[r, g] * (codes[r, c] - zeros[r, g]), g being group_of[c] or c // group_size; returns how many values were lost."""
+
+def pack_size(n: int, k: int, bits: int, block: int, scale_dtype: str, offsets: str, ordered: bool) -> int:
+    """Bytes of a quantised weight in the layout of csrc/base/qweight.h."""
+
+def pack_begin(out: Buffer, n: int, k: int, bits: int, block: int, scale_dtype: str, offsets: str, order: Buffer | None) -> None:
+    """Writes the header of a quantised weight: 4 or 8 bits, `block` inputs that share a scale, offsets "none", "zeros" or "floats"."""
+
+def pack_rows(
+    out: Buffer,
+    codes: Buffer,
+    words_n: int,
+    shift: int,
+    rows: tuple[int, int],
+    scales: Buffer,
+    dtype: str,
+    zeros: Buffer | None,
+    offsets: Buffer | None,
+    groups: tuple[int, int, int, int],
+) -> int:
+    """Fills outputs rows = (first, count); groups: (first output, outputs, groups, group size). Returns how many scales are not exact."""
+
+def unpack_rows(weight: Buffer, row: int, out: Buffer) -> None:
+    """Decodes outputs from `row` on into float32 [rows, k], in the file's order of inputs."""
 
 def unpack(
     words: Buffer, bits: int, kind: int, strides: tuple[int, int], part: tuple[int, int, int, int], transposed: bool, out: Buffer

@@ -7,6 +7,7 @@
 lco_status lco_ref_embed(const lco_embed_args *);
 lco_status lco_ref_rmsnorm(const lco_rmsnorm_args *);
 lco_status lco_ref_linear(const lco_linear_args *);
+lco_status lco_ref_linear_quantized(const lco_linear_args *);
 lco_status lco_ref_swiglu(const lco_swiglu_args *);
 lco_status lco_ref_mlp(const lco_mlp_args *);
 lco_status lco_ref_rope_append(const lco_rope_append_args *);
@@ -16,6 +17,7 @@ lco_status lco_ref_choose_pages(const lco_choose_pages_args *);
 #if defined(__x86_64__)
 lco_status lco_avx2_rmsnorm(const lco_rmsnorm_args *);
 lco_status lco_avx2_linear(const lco_linear_args *);
+lco_status lco_avx2_linear_quantized(const lco_linear_args *);
 lco_status lco_avx2_swiglu(const lco_swiglu_args *);
 lco_status lco_avx2_mlp(const lco_mlp_args *);
 lco_status lco_avx2_rope_append(const lco_rope_append_args *);
@@ -23,7 +25,8 @@ lco_status lco_avx2_attention(const lco_attention_args *);
 lco_status lco_avx2_choose_pages(const lco_choose_pages_args *);
 
 lco_status lco_avx512_rmsnorm(const lco_rmsnorm_args *);
-lco_status lco_avx512_linear(const lco_linear_args *); /* float32 products everywhere */
+lco_status lco_avx512_linear(const lco_linear_args *);           /* float32 products everywhere */
+lco_status lco_avx512_linear_quantized(const lco_linear_args *); /* needs VNNI */
 lco_status lco_avx512_swiglu(const lco_swiglu_args *);
 lco_status lco_avx512_mlp(const lco_mlp_args *);
 lco_status lco_avx512_rope_append(const lco_rope_append_args *);
