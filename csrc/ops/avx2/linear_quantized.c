@@ -41,6 +41,7 @@ ALWAYS_INLINE void block_sums(__m256i *out, const uint8_t *codes, const char *x,
         for (int r = 0; r < rows; r++)
             for (int i = 0; i < kinds; i++)
                 sum16[r][i] = _mm256_setzero_si256();
+#pragma GCC unroll 4
         for (int64_t e = e0; e < end; e++)
             for (int r = 0; r < rows; r++)
                 add_eight(sum16[r], codes + e * 32 * bits, x + e * x_step + r * planes * 8, bits, planes);

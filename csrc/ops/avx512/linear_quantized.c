@@ -1,4 +1,4 @@
-/* linear_quantized with AVX-512 VNNI: 32 outputs by up to 6 rows of x in registers. */
+/* linear_quantized with AVX-512 VNNI: 32 outputs by up to 4 rows of x, or 6 of 8 bits, in registers. */
 #include "../simd/linear_quantized.h"
 #include "../impl.h"
 
@@ -41,6 +41,7 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
         _mm_prefetch((const char *)panel + far + line, _MM_HINT_T1);
     for (int64_t b = 0; b < blocks; b++) {
         __m512i acc[X_TILE][2][2][2]; /* [row][half][plane][chain] */
+#pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
             for (int half = 0; half < 2; half++)
                 for (int p = 0; p < planes; p++)
@@ -62,22 +63,29 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
                     }
             }
         }
-        for (int half = 0; half < 2; half++) {
-            const int64_t at = b * LCO_PANEL_ROWS + half * 16;
-            const vf scale = load_scales(scales.scales, at, scales.dtype);
-            for (int r = 0; r < rows; r++) {
+        const vf scale[2] = {load_scales(scales.scales, b * LCO_PANEL_ROWS, scales.dtype),
+                             load_scales(scales.scales, b * LCO_PANEL_ROWS + 16, scales.dtype)};
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            const __m512i correction = _mm512_set1_epi32(neutral * x->total[b * rows + r]);
+            const vf x_scale = v_set(x->scale[b * rows + r]);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
                 __m512i plane[2];
                 for (int p = 0; p < planes; p++)
                     plane[p] = chains == 2 ? _mm512_add_epi32(acc[r][half][p][0], acc[r][half][p][1]) : acc[r][half][p][0];
                 __m512i sum = planes == 2 ? _mm512_add_epi32(_mm512_slli_epi32(plane[0], 8), plane[1]) : plane[0];
-                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(neutral * x->total[b * rows + r]));
-                tot[r][half] = v_fma(_mm512_cvtepi32_ps(sum), v_mul(scale, v_set(x->scale[b * rows + r])), tot[r][half]);
+                sum = _mm512_sub_epi32(sum, correction);
+                tot[r][half] = v_fma(_mm512_cvtepi32_ps(sum), v_mul(scale[half], x_scale), tot[r][half]);
             }
-            if (scales.kind != LCO_OFFSET_NONE) {
-                const vf offset = load_offsets(&scales, at, scale);
-                for (int r = 0; r < rows; r++)
-                    tot[r][half] = v_fma(offset, v_set(x->sum[b * rows + r]), tot[r][half]);
-            }
+        }
+        if (scales.kind != LCO_OFFSET_NONE) {
+            const vf offset[2] = {load_offsets(&scales, b * LCO_PANEL_ROWS, scale[0]),
+                                  load_offsets(&scales, b * LCO_PANEL_ROWS + 16, scale[1])};
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; r++)
+                for (int half = 0; half < 2; half++)
+                    tot[r][half] = v_fma(offset[half], v_set(x->sum[b * rows + r]), tot[r][half]);
         }
     }
     for (int r = 0; r < rows; r++)
@@ -88,23 +96,22 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
 #define ROWS(BITS, N, PLANES)                                                                                                              \
     case N:                                                                                                                                \
         product(q, panel, x, sums, ahead, BITS, N, PLANES);                                                                                \
-        break
-#define PRODUCT(NAME, BITS, PLANES)                                                                                                        \
+        break;
+#define PRODUCT(NAME, BITS, PLANES, MORE)                                                                                                  \
     static void NAME(const lco_qweight *q, const uint8_t *panel, const x_tile *x, float *sums, bool ahead)                                 \
     {                                                                                                                                      \
         switch (x->rows) {                                                                                                                 \
-            ROWS(BITS, 1, PLANES);                                                                                                         \
-            ROWS(BITS, 2, PLANES);                                                                                                         \
-            ROWS(BITS, 3, PLANES);                                                                                                         \
-            ROWS(BITS, 4, PLANES);                                                                                                         \
-            ROWS(BITS, 5, PLANES);                                                                                                         \
-            ROWS(BITS, 6, PLANES);                                                                                                         \
+            ROWS(BITS, 1, PLANES)                                                                                                          \
+            ROWS(BITS, 2, PLANES)                                                                                                          \
+            ROWS(BITS, 3, PLANES)                                                                                                          \
+            ROWS(BITS, 4, PLANES)                                                                                                          \
+            MORE                                                                                                                           \
         }                                                                                                                                  \
     }
-PRODUCT(product_4, 4, 2)
-PRODUCT(product_4_int8, 4, 1)
-PRODUCT(product_8, 8, 2)
-PRODUCT(product_8_int8, 8, 1)
+PRODUCT(product_4, 4, 2, )
+PRODUCT(product_8, 8, 2, )
+PRODUCT(product_4_int8, 4, 1, ROWS(4, 5, 1) ROWS(4, 6, 1))
+PRODUCT(product_8_int8, 8, 1, ROWS(8, 5, 1) ROWS(8, 6, 1))
 
 static void panel_any(const lco_qweight *q, const uint8_t *panel, const x_tile *x, float *sums, bool ahead)
 {

@@ -19,7 +19,8 @@
 #include "../ops.h"
 #include "vec.h"
 
-#define X_TILE 6         /* rows of x at once, at most: sums of two planes and 32 outputs of each fill 24 registers */
+#define X_TILE 6         /* rows of x at once, at most, with one plane */
+#define X_TILE_WIDE 4    /* with two: sums of 32 outputs fill 16 registers; more are slower (benchmarks/results/LOG.md) */
 #define LARGEST_16 32639 /* 127 * 256 + 127 */
 #define LARGEST_8 127
 #define SMALLEST_X 1e-30f               /* blocks of x below it are rounded as if they held it */
@@ -159,8 +160,9 @@ static bool round_x(const lco_linear_args *a, const lco_qweight *q, quantized_x 
 {
     lco_arena *scratch = a->exec->scratch;
     *x = (quantized_x){.args = a, .order = lco_qweight_order(q), .block = q->block, .blocks = lco_qweight_blocks(q)};
+    const int64_t most = a->x_int8 ? X_TILE : X_TILE_WIDE;
     x->planes = a->x_int8 ? 1 : 2;
-    x->tiles = (a->m + X_TILE - 1) / X_TILE;
+    x->tiles = (a->m + most - 1) / most;
     x->tile_rows = (a->m + x->tiles - 1) / x->tiles;
     const size_t rows = (size_t)a->m * (size_t)x->blocks;
     x->codes = lco_arena_take(scratch, rows * (size_t)x->block * (size_t)x->planes);
