@@ -13,7 +13,12 @@ class Model:
     """A model over weight buffers, which it keeps alive. `config` is ModelConfig.to_core(); `tensors` holds (name, buffer, dtype, shape)."""
 
     def __init__(
-        self, config: dict, tensors: list[tuple[str, Buffer, str, tuple[int, ...]]], threads: int = 0, isa: str | None = None
+        self,
+        config: dict,
+        tensors: list[tuple[str, Buffer, str, tuple[int, ...]]],
+        threads: int = 0,
+        isa: str | None = None,
+        x_int8: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -219,6 +224,9 @@ class OpContext:
 
 def isas() -> list[str]:
     """Names of the instruction sets that this machine can run, best last."""
+
+def block_codes(blocks: Buffer, type: int, rows: int, codes: Buffer, scales: Buffer, offsets: Buffer | None) -> None:
+    """The integers of GGUF blocks: uint8 codes [rows, k] (of Q8_0 plus 128), float32 scales and offsets [k / group, rows]."""
 
 def convert(source: Buffer, from_dtype: str, out: Buffer, to_dtype: str) -> int:
     """Converts between 'F32', 'F16' and 'BF16', rounding to nearest even; returns how many values were lost."""

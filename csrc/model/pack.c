@@ -29,6 +29,7 @@ lco_status lco_pack_begin(void *out, size_t bytes, const lco_qweight *head, cons
     if (bytes != lco_qweight_bytes(&checked))
         return lco_fail(err, LCO_EINVAL, "%zu bytes for a quantised weight, expected %zu", bytes, lco_qweight_bytes(&checked));
     *q = checked;
+    memset(q + 1, 0, lco_panels_at(q) - sizeof *q);
     if (order != NULL)
         memcpy(q + 1, order, (size_t)q->k * sizeof *order);
     return LCO_OK;
@@ -104,19 +105,14 @@ static void pack_words(const lco_qweight *q, uint8_t *codes, const lco_code_rows
         }
 }
 
-/* n scales or offsets of one block; returns how many are not exact. */
+/* n scales or offsets of one block; returns how many are not held exactly, or not finite. */
 static int64_t put_floats(uint8_t *to, lco_dtype to_dtype, const void *from, lco_dtype dtype, int64_t at, int64_t n)
 {
     int64_t lost = 0;
-    if (to_dtype == dtype) {
-        const size_t size = lco_dtype_bytes(dtype);
-        memcpy(to, (const uint8_t *)from + (size_t)at * size, (size_t)n * size);
-        return 0;
-    }
     for (int64_t i = 0; i < n; i++) {
         const float value = lco_element(from, at + i, dtype);
         lco_set_element(to, i, to_dtype, value);
-        lost += !(lco_element(to, i, to_dtype) == value || isnan(value));
+        lost += !(isfinite(value) && lco_element(to, i, to_dtype) == value);
     }
     return lost;
 }

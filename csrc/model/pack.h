@@ -27,7 +27,7 @@ typedef struct {
 } lco_code_rows;
 
 /* Fills whole panels: `row` is a multiple of 32, and so is `rows` unless they are the last. *lost counts scales and offsets that the layout's type does
- * not hold exactly. LCO_EINVAL when something does not fit. */
+ * not hold exactly or that are not finite. LCO_EINVAL when something does not fit. */
 lco_status lco_pack_rows(void *out, const lco_code_rows *rows, const lco_group_scales *scales, int64_t *lost, lco_error *err);
 
 /* Rows [row, row + rows) of the matrix, decoded, in the file's order of inputs: out[rows][k]. */

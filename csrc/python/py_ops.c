@@ -8,6 +8,13 @@ PyDoc_STRVAR(embed_doc,
              "out[m, k] float32 = rows ids[m] (int32) of table[n, k] (dtype: 'float32', or uint16 bits of 'float16', 'bfloat16'), or of a\n"
              "'quantized' weight of pack_begin().");
 
+static bool check_width(int64_t found, const char *name, int64_t expected)
+{
+    if (found != expected)
+        PyErr_Format(PyExc_ValueError, "axis 1 of %s is %lld, expected %lld", name, (long long)found, (long long)expected);
+    return found == expected;
+}
+
 /* A weight matrix of any type: float rows, or the bytes of a quantised one. Its place, n and k; false with an exception. */
 typedef struct {
     const void *data;
@@ -125,8 +132,8 @@ static bool take_part(bag *b, PyObject *item, lco_linear_part *part, int64_t m, 
         PyErr_Format(PyExc_ValueError, "dtype = '%s', expected %s", dtype_name, quantized ? "quantized" : "float32, float16 or bfloat16");
         return false;
     }
-    if ((out = take(b, out_o, "out", "f", 2, WRITE)) == NULL || !take_matrix(b, w_o, "w", dtype_name, &w) ||
-        !check(w.k == k, "axis 1 of w", w.k, "the width of x") || !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, w.n))
+    if ((out = take(b, out_o, "out", "f", 2, WRITE)) == NULL || !take_matrix(b, w_o, "w", dtype_name, &w) || !check_width(w.k, "w", k) ||
+        !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, w.n))
         return false;
     if (bias_o != Py_None) {
         if ((bias = take(b, bias_o, "bias", "f", 1, READ)) == NULL || !check_axis(bias, "bias", 0, w.n) || !check_packed(bias, "bias"))

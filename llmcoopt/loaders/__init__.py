@@ -14,11 +14,13 @@ from .hf import load_folder
 from .hub import resolve
 from .lint import lint
 from .lint import to_json as finding_to_json
-from .quantized import QuantizedWeight, dequantize_all
+from .packing import QUANTIZED, layout_of, pack, why_not
+from .quantized import QuantizedWeight, with_progress
 from .safetensors import BITS, Tensor, read_safetensors
 from .stored import of_quantized, row_text, summary
 
 __all__ = [
+    "QUANTIZED",
     "LoadedCheckpoint",
     "QuantizedWeight",
     "Tensor",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NAMES = {short: name for name, short in _DTYPES.items()}
 
 
 def load(
@@ -42,6 +45,7 @@ def load(
     tie_word_embeddings: bool | None = None,
     revision: str | None = None,
     quantization_config: dict | None = None,
+    quantized: bool = False,
 ) -> LoadedCheckpoint:
     """Loads a model: a Hugging Face folder, a .gguf file, "tiny", or a hub id (see `resolve`).
 
@@ -49,12 +53,16 @@ def load(
     bfloat16, GPTQ, AWQ and compressed-tensors to float16 where the config's torch_dtype is that, else to bfloat16. "float32", "float16" and
     "bfloat16" convert every matrix; vectors (norms, biases) stay as stored. `tie_word_embeddings` overrides the config, and so do the keys
     of `quantization_config` (quant_method, bits, group_size, sym, checkpoint_format, dynamic) what the files say of their quantisation.
+    `quantized` keeps quantised weights in their bits, as tensors of dtype "QUANTIZED" for the kernels; what their layout does not express is
+    decoded all the same. It needs dtype "auto".
 
     Raises ArgumentError, MissingFileError, FormatError, UnsupportedError, and NumericError when float16 cannot hold a weight."""
     name = str(dtype).removeprefix("torch.")
     if name != "auto" and name not in _DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}; expected 'auto' or one of {', '.join(_DTYPES)}")
     wanted = _DTYPES.get(name)
+    if quantized and wanted is not None:
+        raise ArgumentError(f"dtype is {dtype!r} and weights are to stay quantised; expected dtype='auto'")
     place = resolve(path, revision)
     if place.is_dir():
         checkpoint = load_folder(place, tie_word_embeddings, quantization_config)
@@ -63,16 +71,28 @@ def load(
     elif quantization_config is not None:
         raise ArgumentError(f"{place}: a GGUF file says itself how its weights are quantised; expected quantization_config=None")
     else:
-        checkpoint = load_gguf(place, wanted or "BF16", tie_word_embeddings)
-    decoded = dequantize_all(list(checkpoint.quantized.values()), wanted or checkpoint.decode_dtype)
-    if decoded:
-        tensors = checkpoint.tensors | {tensor.name: tensor for tensor in decoded}
-        stored = {f"{name}.weight": of_quantized(weight) for name, weight in checkpoint.quantized.items()}
-        checkpoint = replace(checkpoint, tensors=tensors, stored=checkpoint.stored | stored)
+        checkpoint = load_gguf(place, wanted or "BF16", tie_word_embeddings, quantized)
+    if checkpoint.quantized:
+        checkpoint = _settle_quantized(checkpoint, wanted or checkpoint.decode_dtype, quantized)
     if wanted is None:
         return checkpoint
     converted = in_threads(lambda tensor: _convert(tensor, wanted), checkpoint.tensors.values())
     return replace(checkpoint, tensors={tensor.name: tensor for tensor in converted})
+
+
+def _settle_quantized(checkpoint: LoadedCheckpoint, dtype: str, keep: bool) -> LoadedCheckpoint:
+    """The checkpoint with its quantised weights among the tensors: in their bits where `keep` and the layout allow it, else decoded."""
+
+    def settle(weight, done):
+        return pack(weight, done) if keep and why_not(weight) is None else weight.dequantize(dtype, done)
+
+    tensors, stored = dict(checkpoint.tensors), dict(checkpoint.stored)
+    for tensor in with_progress(settle, list(checkpoint.quantized.values())):
+        weight = checkpoint.quantized[tensor.name.removesuffix(".weight")]
+        reason = f" ({why_not(weight)})" if keep and tensor.dtype != QUANTIZED else ""
+        kept = f"{layout_of(tensor)[0]} bits" if tensor.dtype == QUANTIZED else f"{_NAMES[dtype]}{reason}"
+        tensors[tensor.name], stored[tensor.name] = tensor, replace(of_quantized(weight), kept=kept)
+    return replace(checkpoint, tensors=tensors, stored=stored)
 
 
 def _convert(tensor: Tensor, dtype: str) -> Tensor:

@@ -125,14 +125,14 @@ def test_canonical_form(tmp_path, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_models_run(tmp_path, variant):
-    """The quantised folder and a folder of its dequantised weights are the same model, to the bit."""
+    """The quantised folder, decoded, and a folder of its dequantised weights are the same model, to the bit."""
     layout, how = VARIANTS[variant]
     _, meant = make(tmp_path / "quantised", layout, dtype="float16", **arguments(how))
     checkpoints.make(tmp_path / "plain", **SHAPE, dtype="float16")
     checkpoints.write_safetensors(tmp_path / "plain/model.safetensors", {name: rounded(x, "float16") for name, x in meant.items()})
     ids = checkpoints.prompt(20, SHAPE["vocab_size"])
     with (
-        llmcoopt.Model.from_pretrained(tmp_path / "quantised", threads=1) as a,
+        llmcoopt.Model.from_pretrained(tmp_path / "quantised", threads=1, weights="dequantized") as a,
         llmcoopt.Model.from_pretrained(tmp_path / "plain", threads=1) as b,
     ):
         assert a.dtype == b.dtype == "float16"
@@ -304,9 +304,10 @@ def test_facts(tmp_path, capsys):
     assert (row["order"], row["zeros"]) == ("act-order", "asymmetric")
     # 64 inputs and 96 outputs in 8 bits, 2 groups of zeros and float16 scales, g_idx
     assert row["bytes"] == 2 * (64 * 96 + 2 * 96 + 2 * 2 * 96 + 4 * 64)
-    assert rows["lm_head"] == {
-        "modules": "lm_head", "count": 1, "bytes": 2 * 64 * 64, "format": "BF16", "bits": 16, "group_size": None, "order": None, "zeros": None
-    }  # fmt: skip
+    # in memory: a header, the order, and for each 32 outputs float16 scales and bytes of zeros of 2 blocks, and codes
+    assert (row["kept"], row["memory"]) == ("8 bits", 2 * (64 + 4 * 64 + 3 * (2 * 32 * (2 + 1) + 32 * 64)))
+    plain = {"format": "BF16", "bits": 16, "group_size": None, "order": None, "zeros": None, "kept": None}
+    assert rows["lm_head"] == {"modules": "lm_head", "count": 1, "bytes": 2 * 64 * 64, "memory": 2 * 64 * 64, **plain}
 
 
 @pytest.mark.parametrize("family", checkpoints.ARCHITECTURES)

@@ -158,7 +158,6 @@ def test_bias_accumulate_parts_and_strided_rows(ctx, rng):
         limit = bound(ctx, np.ascontiguousarray(x), weight) + 4 * oracle.EPS * (np.abs(expected) + np.abs(old[:, 3 : 3 + n]) + 4)
         oracle.assert_close(out[:, 3 : 3 + n], expected, limit)
         assert np.array_equal(out[:, :3], old[:, :3]) and np.array_equal(out[:, 3 + n :], old[:, 3 + n :])
-    assert np.array_equal(outs[1][:, 3:48] - 0, outs[1][:, 3:48])
 
 
 def test_extreme_rows(ctx, rng):
@@ -222,7 +221,7 @@ def test_refusals(ctx, rng):
     def call(packed, x=x, dtype="quantized"):
         ctx.linear_quantized(x, [(out, packed, dtype, None)])
 
-    with pytest.raises(ValueError, match="axis 1 of w is 40, expected the width of x"):
+    with pytest.raises(ValueError, match="axis 1 of w is 40, expected 39"):
         call(weight.packed, x[:, :39])
     with pytest.raises(ValueError, match="dtype = 'float32', expected quantized"):
         call(np.zeros((6, 40), np.float32), dtype="float32")
