@@ -9,7 +9,7 @@ from .._core import block_codes, pack_begin, pack_rows, pack_size
 from .findings import Finding, FoundError
 from .gguf import GgufTensor
 from .quantized import QuantizedWeight
-from .safetensors import Tensor
+from .safetensors import Tensor, release_pages
 
 QUANTIZED = "QUANTIZED"  # the dtype of a Tensor in the layout
 LARGEST_BLOCK = 128  # inputs that share a scale in the layout
@@ -56,6 +56,7 @@ def pack(weight: QuantizedWeight, done=lambda nbytes: None) -> Tensor:
         codes = words if words is not None else weight.rows(begin, end)
         lost += pack_rows(out, codes, 0 if words is None else n, shift, (begin, end - begin), scales, dtype, zeros, None, groups)
         done(weight.nbytes * end // n - weight.nbytes * begin // n)
+    release_pages(weight.codes.words)
     if lost:
         found = f"{lost} scales are NaN or infinite"
         raise FoundError(Finding("scales", weight.file, weight.name, found, "finite numbers", "llmcoopt lint tells where they are"))
@@ -80,6 +81,7 @@ def pack_gguf(name: str, tensor: GgufTensor, data: np.ndarray, file: str) -> tup
         block_codes(data[begin * row_bytes : (begin + rows) * row_bytes], tensor.type, rows, codes[:rows], scales, shifts)
         where = (begin, rows, k // group, group)
         lost += pack_rows(out, codes[:rows], 0, shift, (begin, rows), scales, "float32", None, shifts, where)
+    release_pages(tensor.data)
     return _tensor(name, (n, k), out, file), lost
 
 
