@@ -57,20 +57,16 @@ lco_status lco_qweight_check_bytes(const void *data, size_t bytes, lco_error *er
 void lco_qweight_row(const lco_qweight *q, int64_t n, float *out)
 {
     const lco_dtype dtype = (lco_dtype)q->scale_dtype;
-    const uint8_t *panel = lco_qweight_panel(q, n / LCO_PANEL_ROWS), *codes = panel + lco_panel_codes(q);
-    const uint8_t *offsets = panel + lco_panel_offsets(q);
+    const uint8_t *block = lco_qweight_panel(q, n / LCO_PANEL_ROWS);
     const int64_t row = n % LCO_PANEL_ROWS;
     const int32_t *order = lco_qweight_order(q);
-    const int neutral = lco_qweight_neutral(q);
-    for (int64_t j = 0; j < q->k; j++) {
-        const int64_t at = j / q->block * LCO_PANEL_ROWS + row;
-        const float scale = lco_element(panel, at, dtype);
-        int code = lco_qweight_code(q, codes, row, j) - neutral;
-        float value;
-        if (q->offset_kind == LCO_OFFSET_ZEROS)
-            value = scale * (float)(code - ((const int8_t *)offsets)[at]);
-        else
-            value = scale * (float)code + (q->offset_kind == LCO_OFFSET_FLOATS ? lco_element(offsets, at, dtype) : 0);
-        out[order != NULL ? order[j] : j] = value;
+    for (int64_t k0 = 0; k0 < q->k; k0 += q->block, block += lco_block_bytes(q)) {
+        const int64_t left = q->k - k0, inputs = left < q->block ? left : q->block;
+        const uint8_t *offsets = block + lco_block_offsets(q);
+        const float scale = lco_element(block + lco_block_scales(q), row, dtype);
+        const float offset = q->offset_kind == LCO_OFFSET_FLOATS ? lco_element(offsets, row, dtype) : 0;
+        const int zero = lco_qweight_neutral(q) + (q->offset_kind == LCO_OFFSET_ZEROS ? ((const int8_t *)offsets)[row] : 0);
+        for (int64_t i = 0; i < inputs; i++)
+            out[order != NULL ? order[k0 + i] : k0 + i] = scale * (float)(lco_block_code(q, block, row, i) - zero) + offset;
     }
 }

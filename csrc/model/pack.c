@@ -35,6 +35,12 @@ lco_status lco_pack_begin(void *out, size_t bytes, const lco_qweight *head, cons
     return LCO_OK;
 }
 
+/* Where the codes of 8 inputs are in a panel. */
+static inline uint8_t *eight_at(const lco_qweight *q, uint8_t *panel, int64_t input)
+{
+    return panel + (size_t)(input / q->block) * lco_block_bytes(q) + (size_t)(input % q->block) / 8 * 32 * q->bits;
+}
+
 /* Eight codes, each a byte, as the eight nibbles of a word. */
 static inline uint32_t nibbles_of(const uint8_t *eight)
 {
@@ -54,15 +60,15 @@ static inline void eight_codes(const lco_qweight *q, const uint8_t *row, const i
         out[i] = (uint8_t)(row[order != NULL ? order[input + i] : input + i] + shift);
 }
 
-static void pack_bytes(const lco_qweight *q, uint8_t *codes, const lco_code_rows *from, int64_t row, int64_t rows)
+static void pack_bytes(const lco_qweight *q, uint8_t *panel, const lco_code_rows *from, int64_t row, int64_t rows)
 {
     const int32_t *order = lco_qweight_order(q);
-    const int64_t eights = lco_qweight_blocks(q) * q->block / 8;
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *source = from->codes + (row + r - from->row) * q->k;
-        uint8_t *to = codes + r / 16 * 64 + r % 16 * 4, eight[8];
-        for (int64_t e = 0; e < eights; e++, to += 32 * q->bits) {
-            eight_codes(q, source, order, 8 * e, from->shift, eight);
+        uint8_t eight[8];
+        for (int64_t input = 0; input < q->k; input += 8) {
+            uint8_t *to = eight_at(q, panel, input) + r / 16 * 64 + r % 16 * 4;
+            eight_codes(q, source, order, input, from->shift, eight);
             if (q->bits == 4) {
                 const uint32_t word = nibbles_of(eight);
                 memcpy(to, &word, sizeof word);
@@ -87,21 +93,20 @@ static inline void gather_words(const lco_qweight *q, const lco_code_rows *from,
     }
 }
 
-/* Panels [panel, panel + panels) from GPTQ's words; `codes` is where the first one's are. */
-static void pack_words(const lco_qweight *q, uint8_t *codes, const lco_code_rows *from, int64_t panel, int64_t panels)
+/* Panels [panel, panel + panels) from GPTQ's words; the first is at `to`. */
+static void pack_words(const lco_qweight *q, uint8_t *to, const lco_code_rows *from, int64_t panel, int64_t panels)
 {
     const int32_t *order = lco_qweight_order(q);
-    const int64_t eights = (q->k + 7) / 8;
     const size_t panel_bytes = lco_panel_bytes(q);
-    for (int64_t e = 0; e < eights; e++)
+    for (int64_t input = 0; input < q->k; input += 8)
         for (int64_t p = 0; p < panels; p++) {
             const int64_t column = (panel + p) * LCO_PANEL_ROWS, left = q->n - column;
             const int64_t columns = left < LCO_PANEL_ROWS ? left : LCO_PANEL_ROWS;
-            uint32_t *to = (uint32_t *)(void *)(codes + (size_t)p * panel_bytes + (size_t)e * 128);
+            uint32_t *words = (uint32_t *)(void *)eight_at(q, to + (size_t)p * panel_bytes, input);
             if (order != NULL)
-                gather_words(q, from, order, 8 * e, column, columns, to);
+                gather_words(q, from, order, input, column, columns, words);
             else
-                memcpy(to, from->words + e * from->words_n + column, (size_t)columns * sizeof *to);
+                memcpy(words, from->words + input / 8 * from->words_n + column, (size_t)columns * sizeof *words);
         }
 }
 
@@ -121,19 +126,18 @@ static int64_t put_floats(uint8_t *to, lco_dtype to_dtype, const void *from, lco
 static int64_t pack_scales(const lco_qweight *q, uint8_t *panel, const lco_group_scales *s, int64_t row, int64_t rows)
 {
     const lco_dtype dtype = (lco_dtype)q->scale_dtype;
-    const size_t size = lco_dtype_bytes(dtype) * LCO_PANEL_ROWS, offset_size = lco_offset_bytes(q) * LCO_PANEL_ROWS;
-    uint8_t *offsets = panel + lco_panel_offsets(q);
+    const size_t scales = lco_block_scales(q), offsets = lco_block_offsets(q), bytes = lco_block_bytes(q);
     const int neutral = lco_qweight_neutral(q);
     int64_t lost = 0;
-    memset(panel, 0, lco_panel_codes(q));
-    for (int64_t b = 0; b < lco_qweight_blocks(q); b++) {
-        const int64_t at = b * q->block / s->group_size * s->outputs + row - s->first;
-        lost += put_floats(panel + (size_t)b * size, dtype, s->scales, s->dtype, at, rows);
+    for (int64_t k0 = 0; k0 < q->k; k0 += q->block, panel += bytes) {
+        const int64_t at = k0 / s->group_size * s->outputs + row - s->first;
+        memset(panel + scales, 0, bytes - scales);
+        lost += put_floats(panel + scales, dtype, s->scales, s->dtype, at, rows);
         if (q->offset_kind == LCO_OFFSET_FLOATS)
-            lost += put_floats(offsets + (size_t)b * offset_size, dtype, s->offsets, s->dtype, at, rows);
+            lost += put_floats(panel + offsets, dtype, s->offsets, s->dtype, at, rows);
         for (int64_t r = 0; r < rows && q->offset_kind == LCO_OFFSET_ZEROS; r++) {
             const int zero = s->zeros[at + r] - neutral;
-            ((int8_t *)offsets)[(size_t)b * offset_size + (size_t)r] = (int8_t)zero;
+            panel[offsets + (size_t)r] = (uint8_t)zero;
             lost += zero < INT8_MIN || zero > INT8_MAX;
         }
     }
@@ -164,25 +168,24 @@ lco_status lco_pack_rows(void *out, const lco_code_rows *rows, const lco_group_s
     if (status != LCO_OK)
         return status;
     const int64_t first = rows->row / LCO_PANEL_ROWS, end = (rows->row + rows->rows + LCO_PANEL_ROWS - 1) / LCO_PANEL_ROWS;
-    const size_t codes = lco_panel_codes(q), panel_bytes = lco_panel_bytes(q);
+    const size_t panel_bytes = lco_panel_bytes(q);
     *lost = 0;
     for (int64_t panel = first; panel < end; panel += PANELS) {
         const int64_t panels = end - panel < PANELS ? end - panel : PANELS;
         uint8_t *at = (uint8_t *)out + lco_panels_at(q) + (size_t)panel * panel_bytes;
-        const size_t used = (size_t)((q->k + 7) / 8) * 32 * q->bits;
         for (int64_t p = 0; p < panels; p++) {
             const int64_t row = (panel + p) * LCO_PANEL_ROWS, left = q->n - row, here = left < LCO_PANEL_ROWS ? left : LCO_PANEL_ROWS;
             uint8_t *place = at + (size_t)p * panel_bytes;
-            *lost += pack_scales(q, place, scales, row, here);
             if (here < LCO_PANEL_ROWS)
-                memset(place + codes, 0, panel_bytes - codes);
-            else
-                memset(place + codes + used, 0, panel_bytes - codes - used);
+                memset(place, 0, panel_bytes);
+            else if (q->k % q->block != 0) /* inputs past k */
+                memset(place + panel_bytes - lco_block_bytes(q), 0, lco_block_bytes(q));
+            *lost += pack_scales(q, place, scales, row, here);
             if (rows->words == NULL)
-                pack_bytes(q, place + codes, rows, row, here);
+                pack_bytes(q, place, rows, row, here);
         }
         if (rows->words != NULL)
-            pack_words(q, at + codes, rows, panel, panels);
+            pack_words(q, at, rows, panel, panels);
     }
     return LCO_OK;
 }

@@ -25,8 +25,9 @@ lco_status lco_avx2_attention(const lco_attention_args *);
 lco_status lco_avx2_choose_pages(const lco_choose_pages_args *);
 
 lco_status lco_avx512_rmsnorm(const lco_rmsnorm_args *);
-lco_status lco_avx512_linear(const lco_linear_args *);           /* float32 products everywhere */
-lco_status lco_avx512_linear_quantized(const lco_linear_args *); /* needs VNNI */
+lco_status lco_avx512_linear(const lco_linear_args *);                 /* float32 products everywhere */
+lco_status lco_avx512_linear_quantized(const lco_linear_args *);       /* needs VNNI */
+lco_status lco_avx512_linear_quantized_plain(const lco_linear_args *); /* where the processor reads ahead best by itself: AMD */
 lco_status lco_avx512_swiglu(const lco_swiglu_args *);
 lco_status lco_avx512_mlp(const lco_mlp_args *);
 lco_status lco_avx512_rope_append(const lco_rope_append_args *);

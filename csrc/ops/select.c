@@ -55,7 +55,7 @@ static const lco_ops AVX512_VNNI = {.name = "avx512",
 static const lco_ops AVX512_BF16 = {.name = "avx512",
                                     .detail = "AVX-512 with BF16",
                                     .linear = lco_avx512_linear_bf16,
-                                    .linear_quantized = lco_avx512_linear_quantized,
+                                    .linear_quantized = lco_avx512_linear_quantized_plain,
                                     .mlp = lco_avx512_mlp_bf16,
                                     .attention = lco_avx512_attention_shifts,
                                     AVX512_COMMON};

@@ -304,8 +304,8 @@ def test_facts(tmp_path, capsys):
     assert (row["order"], row["zeros"]) == ("act-order", "asymmetric")
     # 64 inputs and 96 outputs in 8 bits, 2 groups of zeros and float16 scales, g_idx
     assert row["bytes"] == 2 * (64 * 96 + 2 * 96 + 2 * 2 * 96 + 4 * 64)
-    # in memory: a header, the order, and for each 32 outputs float16 scales and bytes of zeros of 2 blocks, and codes
-    assert (row["kept"], row["memory"]) == ("8 bits", 2 * (64 + 4 * 64 + 3 * (2 * 32 * (2 + 1) + 32 * 64)))
+    # in memory: a header, the order, and for each 32 outputs 2 blocks of codes, float16 scales, bytes of zeros and 32 bytes to a whole line
+    assert (row["kept"], row["memory"]) == ("8 bits", 2 * (64 + 4 * 64 + 3 * 2 * 32 * (32 + 2 + 1 + 1)))
     plain = {"format": "BF16", "bits": 16, "group_size": None, "order": None, "zeros": None, "kept": None}
     assert rows["lm_head"] == {"modules": "lm_head", "count": 1, "bytes": 2 * 64 * 64, "memory": 2 * 64 * 64, **plain}
 

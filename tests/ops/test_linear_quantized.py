@@ -74,17 +74,17 @@ def test_layout(rng, bits, offsets):
     assert bytes(weight.packed[:4]) == b"LOQ1" and head[2] == bits and head[3] == block
     assert list(weight.packed[16:32].view(np.int64)) == [n, k]
     assert np.array_equal(weight.packed[64:464].view(np.int32), weight.order)
-    size = {"none": 0, "zeros": 1, "floats": 2}[offsets]
-    codes_at = -(-(blocks * rows * (2 + size)) // 64) * 64
-    panels = weight.packed[64 + 448 :].reshape(2, codes_at + blocks * block * rows * bits // 8)
-    scales = np.zeros((2, rows, blocks), np.uint16)
-    scales.reshape(64, blocks)[:n] = weight.scales.T
-    assert np.array_equal(panels[:, : blocks * rows * 2].view(np.uint16).reshape(2, blocks, rows), scales.swapaxes(1, 2))
+    size, code_bytes = {"none": 0, "zeros": 1, "floats": 2}[offsets], block * rows * bits // 8
+    panels = weight.packed[64 + 448 :].reshape(2, blocks, code_bytes + -(-rows * (2 + size) // 64) * 64)
+    scales = np.zeros((64, blocks), np.uint16)
+    scales[:n] = weight.scales.T
+    found = np.ascontiguousarray(panels[:, :, code_bytes : code_bytes + 2 * rows]).view(np.uint16)
+    assert np.array_equal(found, scales.reshape(2, rows, blocks).swapaxes(1, 2))
     if offsets == "zeros":
-        zeros = panels[1, blocks * rows * 2 : blocks * rows * 3].view(np.int8).reshape(blocks, rows)
+        zeros = panels[1, :, code_bytes + 2 * rows : code_bytes + 3 * rows].view(np.int8)
         assert np.array_equal(zeros[:, : n - 32], weight.zeros[:, 32:] - 2 ** (bits - 1)) and not zeros[:, n - 32 :].any()
     # [panel][8 inputs][part][half][row][4 bytes]
-    codes = panels[:, codes_at:].reshape(2, blocks * block // 8, 1 if bits == 4 else 2, 2, 16, 4)
+    codes = panels[:, :, :code_bytes].reshape(2, blocks * block // 8, 1 if bits == 4 else 2, 2, 16, 4)
     shuffled = np.zeros((64, blocks * block), np.uint8)
     shuffled[:n, :k] = weight.codes[:, weight.order]
     wanted = shuffled.reshape(2, 2, 16, -1, 4, 2).transpose(0, 3, 5, 1, 2, 4)  # [panel][8 inputs][even, odd][half][row][4]

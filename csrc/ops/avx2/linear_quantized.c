@@ -57,17 +57,16 @@ ALWAYS_INLINE void block_sums(__m256i *out, const uint8_t *codes, const char *x,
     }
 }
 
-ALWAYS_INLINE void product_rows(const lco_qweight *q, const panel_scales *scales, const uint8_t *codes, const x_tile *x, int row, int64_t b,
+ALWAYS_INLINE void product_rows(const lco_qweight *q, const block_scales *scales, const uint8_t *block, const x_tile *x, int row, int64_t b,
                                 float *sums, const int bits, const int rows, const int planes)
 {
     const int64_t x_step = (int64_t)x->rows * planes * 8, eights = q->block / 8;
     const char *x_codes = (const char *)x->codes + b * eights * x_step + row * planes * 8;
     const int neutral = lco_qweight_neutral(q);
     for (int64_t eight = 0; eight < 4; eight++) {
-        const int64_t at = b * LCO_PANEL_ROWS + eight * 8;
-        const vf scale = load_scales(scales->scales, at, scales->dtype);
+        const vf scale = load_scales(block + scales->scales, eight * 8, scales->dtype);
         __m256i sum[2];
-        block_sums(sum, codes + eight * 32, x_codes, eights, x_step, bits, rows, planes);
+        block_sums(sum, block + eight * 32, x_codes, eights, x_step, bits, rows, planes);
         for (int r = 0; r < rows; r++) {
             const int64_t i = b * x->rows + row + r;
             float *to = sums + (row + r) * LCO_PANEL_ROWS + eight * 8;
@@ -75,7 +74,7 @@ ALWAYS_INLINE void product_rows(const lco_qweight *q, const panel_scales *scales
             sum[r] = _mm256_sub_epi32(sum[r], _mm256_set1_epi32(neutral * x->total[i]));
             tot = v_fma(_mm256_cvtepi32_ps(sum[r]), v_mul(scale, v_set(x->scale[i])), tot);
             if (scales->kind != LCO_OFFSET_NONE)
-                tot = v_fma(load_offsets(scales, at, scale), v_set(x->sum[i]), tot);
+                tot = v_fma(load_offsets(scales, block, eight * 8, scale), v_set(x->sum[i]), tot);
             v_store(to, tot);
         }
     }
@@ -85,16 +84,15 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
                            const int planes)
 {
     const int64_t blocks = lco_qweight_blocks(q), bytes = (int64_t)lco_block_bytes(q);
-    const panel_scales scales = scales_of(q, panel);
-    const uint8_t *codes = panel + lco_panel_codes(q);
-    for (int64_t b = 0; b < blocks; b++, codes += bytes) {
+    const block_scales scales = scales_of(q);
+    for (int64_t b = 0; b < blocks; b++, panel += bytes) {
         for (int64_t line = 0; ahead && line < bytes; line += 64)
-            _mm_prefetch((const char *)codes + AHEAD + line, _MM_HINT_T0);
+            _mm_prefetch((const char *)panel + AHEAD + line, _MM_HINT_T0);
         int row = 0;
         for (; row + 2 <= x->rows; row += 2)
-            product_rows(q, &scales, codes, x, row, b, sums, bits, 2, planes);
+            product_rows(q, &scales, panel, x, row, b, sums, bits, 2, planes);
         if (row < x->rows)
-            product_rows(q, &scales, codes, x, row, b, sums, bits, 1, planes);
+            product_rows(q, &scales, panel, x, row, b, sums, bits, 1, planes);
     }
 }
 
@@ -110,4 +108,4 @@ static void panel_any(const lco_qweight *q, const uint8_t *panel, const x_tile *
         product(q, panel, x, sums, ahead, 8, 1);
 }
 
-lco_status lco_avx2_linear_quantized(const lco_linear_args *a) { return linear_quantized(a, panel_any); }
+lco_status lco_avx2_linear_quantized(const lco_linear_args *a) { return linear_quantized(a, panel_any, true); }

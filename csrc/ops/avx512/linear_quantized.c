@@ -6,11 +6,11 @@
 #define NEAR_AHEAD 1024 /* into L1 */
 
 /* Prefetches what is ahead of 8 inputs of codes. */
-ALWAYS_INLINE void prefetch_eight(const uint8_t *codes, const int bits, int64_t far, int64_t near)
+ALWAYS_INLINE void prefetch_eight(const uint8_t *codes, const int bits)
 {
-    for (int line = 0; line < 128 * bits / 4; line += 64) {
-        _mm_prefetch((const char *)codes + far + line, _MM_HINT_T1);
-        _mm_prefetch((const char *)codes + near + line, _MM_HINT_T0);
+    for (int line = 0; line < 32 * bits; line += 64) {
+        _mm_prefetch((const char *)codes + FAR_AHEAD + line, _MM_HINT_T1);
+        _mm_prefetch((const char *)codes + NEAR_AHEAD + line, _MM_HINT_T0);
     }
 }
 
@@ -28,18 +28,15 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
                            const int rows, const int planes)
 {
     const int chains = rows * planes <= 4 ? 2 : 1; /* of a sum: few rows have too few sums to hide the latency */
-    const int64_t blocks = lco_qweight_blocks(q), eights = q->block / 8, eight_bytes = 32 * bits;
-    const int64_t far = ahead ? FAR_AHEAD : 0, near = ahead ? NEAR_AHEAD : 0;
+    const int64_t blocks = lco_qweight_blocks(q), eights = q->block / 8;
     const int neutral = lco_qweight_neutral(q);
-    const panel_scales scales = scales_of(q, panel);
-    const uint8_t *codes = panel + lco_panel_codes(q);
+    const block_scales scales = scales_of(q);
     const char *x_codes = (const char *)x->codes;
     vf tot[X_TILE][2];
     for (int r = 0; r < rows; r++)
         tot[r][0] = tot[r][1] = v_zero();
-    for (int64_t line = 0; ahead && line < (int64_t)lco_panel_codes(q); line += 64)
-        _mm_prefetch((const char *)panel + far + line, _MM_HINT_T1);
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < blocks; b++, panel += lco_block_bytes(q)) {
+        const uint8_t *codes = panel;
         __m512i acc[X_TILE][2][2][2]; /* [row][half][plane][chain] */
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++)
@@ -48,8 +45,9 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
                     for (int c = 0; c < chains; c++)
                         acc[r][half][p][c] = _mm512_setzero_si512();
 #pragma GCC unroll 2
-        for (int64_t e = 0; e < eights; e++, codes += eight_bytes, x_codes += rows * planes * 8) {
-            prefetch_eight(codes, bits, far, near);
+        for (int64_t e = 0; e < eights; e++, codes += 32 * bits, x_codes += rows * planes * 8) {
+            if (ahead)
+                prefetch_eight(codes, bits);
             for (int part = 0; part < 2; part++) {
                 const __m512i w[2] = {load_part(codes, bits, part, 0), load_part(codes, bits, part, 1)};
                 for (int r = 0; r < rows; r++)
@@ -63,8 +61,7 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
                     }
             }
         }
-        const vf scale[2] = {load_scales(scales.scales, b * LCO_PANEL_ROWS, scales.dtype),
-                             load_scales(scales.scales, b * LCO_PANEL_ROWS + 16, scales.dtype)};
+        const vf scale[2] = {load_scales(panel + scales.scales, 0, scales.dtype), load_scales(panel + scales.scales, 16, scales.dtype)};
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             const __m512i correction = _mm512_set1_epi32(neutral * x->total[b * rows + r]);
@@ -80,8 +77,7 @@ ALWAYS_INLINE void product(const lco_qweight *q, const uint8_t *panel, const x_t
             }
         }
         if (scales.kind != LCO_OFFSET_NONE) {
-            const vf offset[2] = {load_offsets(&scales, b * LCO_PANEL_ROWS, scale[0]),
-                                  load_offsets(&scales, b * LCO_PANEL_ROWS + 16, scale[1])};
+            const vf offset[2] = {load_offsets(&scales, panel, 0, scale[0]), load_offsets(&scales, panel, 16, scale[1])};
 #pragma GCC unroll 6
             for (int r = 0; r < rows; r++)
                 for (int half = 0; half < 2; half++)
@@ -121,4 +117,6 @@ static void panel_any(const lco_qweight *q, const uint8_t *panel, const x_tile *
         (x->planes == 2 ? product_8 : product_8_int8)(q, panel, x, sums, ahead);
 }
 
-lco_status lco_avx512_linear_quantized(const lco_linear_args *a) { return linear_quantized(a, panel_any); }
+lco_status lco_avx512_linear_quantized(const lco_linear_args *a) { return linear_quantized(a, panel_any, true); }
+
+lco_status lco_avx512_linear_quantized_plain(const lco_linear_args *a) { return linear_quantized(a, panel_any, false); }

@@ -45,12 +45,13 @@ typedef struct {
     int rows, planes;
 } x_tile;
 
-/* sums[row][32] = the products of a panel with a tile. `ahead`: whether the weights come from memory and are prefetched. */
+/* sums[row][32] = the products of a panel with a tile. `ahead`: whether weights are prefetched. */
 typedef void (*panel_product)(const lco_qweight *q, const uint8_t *panel, const x_tile *x, float *sums, bool ahead);
 
 typedef struct {
     const lco_linear_args *args;
     panel_product product;
+    bool prefetch; /* weights, when the first tile passes */
     const quantized_x *x[LCO_LINEAR_PARTS];
     int64_t panels[LCO_LINEAR_PARTS]; /* of an item */
     int64_t first[LCO_LINEAR_PARTS + 1];
@@ -212,7 +213,7 @@ static void quantized_task(void *ctx, int64_t begin, int64_t end, int thread)
         for (int64_t tile = 0; tile < job->x[p]->tiles; tile++) {
             const x_tile x = get_tile(job->x[p], tile);
             for (int64_t panel = from; panel < to; panel++) {
-                job->product(q, lco_qweight_panel(q, panel), &x, sums, tile == 0);
+                job->product(q, lco_qweight_panel(q, panel), &x, sums, job->prefetch && tile == 0);
                 finish_tile(job->args, part, tile * job->x[p]->tile_rows, x.rows, panel * LCO_PANEL_ROWS, sums);
             }
         }
@@ -234,10 +235,10 @@ static void cut_items(quantized_job *job)
     }
 }
 
-static lco_status linear_quantized(const lco_linear_args *a, panel_product product)
+static lco_status linear_quantized(const lco_linear_args *a, panel_product product, bool prefetch)
 {
     quantized_x x[LCO_LINEAR_PARTS];
-    quantized_job job = {.args = a, .product = product};
+    quantized_job job = {.args = a, .product = product, .prefetch = prefetch};
     const lco_mark mark = lco_arena_mark(a->exec->scratch);
     bool ok = true;
     if (a->m == 0)
@@ -259,7 +260,7 @@ static lco_status linear_quantized(const lco_linear_args *a, panel_product produ
     return ok ? LCO_OK : LCO_ENOMEM;
 }
 
-/* Scales or offsets of VL outputs from element `at` of a panel's scales or offsets. */
+/* VL scales or offsets of a block from element `at` on. */
 ALWAYS_INLINE vf load_scales(const void *from, int64_t at, lco_dtype dtype)
 {
     if (dtype == LCO_F16)
@@ -267,27 +268,27 @@ ALWAYS_INLINE vf load_scales(const void *from, int64_t at, lco_dtype dtype)
     return dtype == LCO_BF16 ? v_load_as(from, at, LCO_BF16) : v_load((const float *)from + at);
 }
 
-/* What a panel's blocks are scaled by. */
+/* How the blocks of a weight are scaled. */
 typedef struct {
-    const uint8_t *scales, *offsets;
+    size_t scales, offsets; /* where they are in a block */
     lco_dtype dtype;
     lco_offset_kind kind;
-} panel_scales;
+} block_scales;
 
-static inline panel_scales scales_of(const lco_qweight *q, const uint8_t *panel)
+static inline block_scales scales_of(const lco_qweight *q)
 {
-    return (panel_scales){.scales = panel,
-                          .offsets = panel + lco_panel_offsets(q),
+    return (block_scales){.scales = lco_block_scales(q),
+                          .offsets = lco_block_offsets(q),
                           .dtype = (lco_dtype)q->scale_dtype,
                           .kind = (lco_offset_kind)q->offset_kind};
 }
 
-/* Offsets of VL outputs; not asked for LCO_OFFSET_NONE. */
-ALWAYS_INLINE vf load_offsets(const panel_scales *s, int64_t at, vf scale)
+/* Offsets of VL rows of a block from `row` on; not asked for LCO_OFFSET_NONE. */
+ALWAYS_INLINE vf load_offsets(const block_scales *s, const uint8_t *block, int64_t row, vf scale)
 {
     if (s->kind == LCO_OFFSET_FLOATS)
-        return load_scales(s->offsets, at, s->dtype);
-    return v_sub(v_zero(), v_mul(scale, v_from_codes(v_load_codes(s->offsets + at), LCO_I8)));
+        return load_scales(block + s->offsets, row, s->dtype);
+    return v_sub(v_zero(), v_mul(scale, v_from_codes(v_load_codes(block + s->offsets + row), LCO_I8)));
 }
 
 #endif
