@@ -38,6 +38,7 @@ lco_status lco_avx512_choose_pages(const lco_choose_pages_args *);
 lco_status lco_avx512_linear_bf16(const lco_linear_args *); /* prompt rows of bfloat16 weights by vdpbf16ps */
 lco_status lco_amx_linear(const lco_linear_args *);         /* the same by bf16 tiles */
 lco_status lco_avx512_mlp_bf16(const lco_mlp_args *);
+lco_status lco_amx_linear_quantized(const lco_linear_args *); /* by tiles of bytes */
 lco_status lco_amx_mlp(const lco_mlp_args *);
 lco_status lco_amx_attention(const lco_attention_args *); /* prompt rows of bfloat16 caches by bf16 tiles */
 #endif

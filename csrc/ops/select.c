@@ -62,7 +62,7 @@ static const lco_ops AVX512_BF16 = {.name = "avx512",
 static const lco_ops AMX = {.name = "amx",
                             .detail = "AVX-512, AMX with BF16 tiles",
                             .linear = lco_amx_linear,
-                            .linear_quantized = lco_avx512_linear_quantized,
+                            .linear_quantized = lco_amx_linear_quantized,
                             .mlp = lco_amx_mlp,
                             .attention = lco_amx_attention,
                             AVX512_COMMON};
@@ -81,7 +81,7 @@ static int usable(const lco_ops **tables)
         tables[n++] = &AVX2;
     if (cpu.avx512)
         tables[n++] = cpu.fast_bf16 ? &AVX512_BF16 : cpu.avx512_vnni ? &AVX512_VNNI : &AVX512;
-    if (cpu.amx_bf16)
+    if (cpu.amx_bf16 && cpu.amx_int8)
         tables[n++] = &AMX;
 #endif
     return n;

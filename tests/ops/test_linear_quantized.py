@@ -49,7 +49,7 @@ def test_against_oracle(ctx, rng, bits, offsets, group):
     st.sampled_from([8, 32, 40, 64, 128, 384, 10**9]),
     st.sampled_from(oracle.DTYPES),
     st.booleans(),
-    st.integers(1, 14),
+    st.sampled_from([1, 2, 3, 4, 5, 6, 7, 12, 14, 33, 70]),
     st.integers(0, 2**31),
 )
 def test_any_shape(n, k, kind, group, scale_dtype, shuffled, m, seed):

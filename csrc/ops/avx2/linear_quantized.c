@@ -108,4 +108,8 @@ static void panel_any(const lco_qweight *q, const uint8_t *panel, const x_tile *
         product(q, panel, x, sums, ahead, 8, 1);
 }
 
-lco_status lco_avx2_linear_quantized(const lco_linear_args *a) { return linear_quantized(a, panel_any, true); }
+lco_status lco_avx2_linear_quantized(const lco_linear_args *a)
+{
+    static const quantized_kernel KERNEL = {.product = panel_any, .prefetch = true};
+    return linear_quantized(a, &KERNEL);
+}

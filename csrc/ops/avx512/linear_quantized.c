@@ -117,6 +117,14 @@ static void panel_any(const lco_qweight *q, const uint8_t *panel, const x_tile *
         (x->planes == 2 ? product_8 : product_8_int8)(q, panel, x, sums, ahead);
 }
 
-lco_status lco_avx512_linear_quantized(const lco_linear_args *a) { return linear_quantized(a, panel_any, true); }
+lco_status lco_avx512_linear_quantized(const lco_linear_args *a)
+{
+    static const quantized_kernel KERNEL = {.product = panel_any, .prefetch = true};
+    return linear_quantized(a, &KERNEL);
+}
 
-lco_status lco_avx512_linear_quantized_plain(const lco_linear_args *a) { return linear_quantized(a, panel_any, false); }
+lco_status lco_avx512_linear_quantized_plain(const lco_linear_args *a)
+{
+    static const quantized_kernel KERNEL = {.product = panel_any};
+    return linear_quantized(a, &KERNEL);
+}

@@ -4,7 +4,8 @@
  * [-128, 127], so that products are those of bytes: the same number of instructions as bfloat16 products of x would take, and 1/60 of the error
  * (benchmarks/results/LOG.md). Sums within a block are exact. With x_int8 there is high alone.
  *
- *   tile of x   codes  [8 inputs][row][plane: high, low][part: even inputs, odd inputs][4 bytes]
+ *   tile of x   codes  [block][8 inputs][row][plane: high, low][part: even inputs, odd inputs][4 bytes], or, for AMX,
+ *                      [block][row / 16][plane][chunk of inputs][row % 16][8 inputs][part][4 bytes]
  *               scale, sum, total   [block][row]      sum = scale * total, total = the sum of the integers
  *
  * An output is a chain over blocks b of tot = fma(integer sum, weight scale * x scale, tot), then tot = fma(offset, sum, tot) where there are offsets,
@@ -19,8 +20,9 @@
 #include "../ops.h"
 #include "vec.h"
 
-#define X_TILE 6         /* rows of x at once, at most, with one plane */
-#define X_TILE_WIDE 4    /* with two: sums of 32 outputs fill 16 registers; more are slower (benchmarks/results/LOG.md) */
+#define X_TILE 6      /* rows of x at once, at most, with one plane */
+#define X_TILE_WIDE 4 /* with two: sums of 32 outputs fill 16 registers; more are slower (benchmarks/results/LOG.md) */
+#define AMX_ROWS 64
 #define LARGEST_16 32639 /* 127 * 256 + 127 */
 #define LARGEST_8 127
 #define SMALLEST_X 1e-30f               /* blocks of x below it are rounded as if they held it */
@@ -32,6 +34,7 @@ typedef struct {
     const lco_linear_args *args;
     const int32_t *order;
     int64_t block, blocks, tiles, tile_rows;
+    int64_t chunk; /* AMX: inputs of a tile register; 0 for the layout of vectors */
     int planes;
     int8_t *codes;
     float *scale, *sum;
@@ -42,37 +45,52 @@ typedef struct {
     const int8_t *codes;
     const float *scale, *sum;
     const int32_t *total;
-    int rows, planes;
+    int rows, held, planes; /* held: rows in memory; AMX: a multiple of 16 */
+    int64_t chunk;
 } x_tile;
 
 /* sums[row][32] = the products of a panel with a tile. `ahead`: whether weights are prefetched. */
 typedef void (*panel_product)(const lco_qweight *q, const uint8_t *panel, const x_tile *x, float *sums, bool ahead);
 
 typedef struct {
-    const lco_linear_args *args;
     panel_product product;
-    bool prefetch; /* weights, when the first tile passes */
+    bool prefetch;                         /* weights, when the first tile passes */
+    int64_t (*chunk)(const lco_qweight *); /* AMX: of quantized_x; else NULL */
+} quantized_kernel;
+
+typedef struct {
+    const lco_linear_args *args;
+    const quantized_kernel *kernel;
     const quantized_x *x[LCO_LINEAR_PARTS];
     int64_t panels[LCO_LINEAR_PARTS]; /* of an item */
     int64_t first[LCO_LINEAR_PARTS + 1];
 } quantized_job;
 
-static int64_t tile_at(const quantized_x *x, int64_t tile, int *rows)
-{
-    const int64_t row = tile * x->tile_rows, left = x->args->m - row;
-    *rows = (int)(left < x->tile_rows ? left : x->tile_rows);
-    return row;
-}
-
 static x_tile get_tile(const quantized_x *x, int64_t tile)
 {
-    x_tile t = {.planes = x->planes};
-    const int64_t row = tile_at(x, tile, &t.rows), at = row * x->blocks;
+    const int64_t row = tile * x->tile_rows, left = x->args->m - row, at = row * x->blocks;
+    x_tile t = {.rows = (int)(left < x->tile_rows ? left : x->tile_rows), .planes = x->planes, .chunk = x->chunk};
+    t.held = x->chunk > 0 ? (t.rows + 15) / 16 * 16 : t.rows;
     t.codes = x->codes + at * x->block * x->planes;
     t.scale = x->scale + at;
     t.sum = x->sum + at;
     t.total = x->total + at;
     return t;
+}
+
+/* Where the codes of a row's block go: 8 inputs are `eight` bytes apart, of the next chunk `chunk`, planes `plane`. */
+typedef struct {
+    int8_t *at;
+    int64_t eight, chunk, plane;
+} code_places;
+
+static code_places places_of(const quantized_x *x, const x_tile *t, int64_t row, int64_t block)
+{
+    int8_t *at = x->codes + (t->codes - x->codes) + block * t->held * x->block * x->planes;
+    if (x->chunk == 0)
+        return (code_places){.at = at + row * x->planes * 8, .eight = t->held * x->planes * 8, .chunk = 0, .plane = 8};
+    at += row / 16 * 16 * x->block * x->planes + row % 16 * x->chunk;
+    return (code_places){.at = at, .eight = 8, .chunk = 16 * x->chunk, .plane = 16 * x->block};
 }
 
 /* Floats [k0, k0 + block) of a row in the order of the weights, zeros past the last. */
@@ -105,12 +123,12 @@ static float scale_of(const float *values, int64_t n, int largest, float *invers
     return most / (float)largest;
 }
 
-/* Rounds one block of one row; 8 inputs of the tile are `stride` bytes apart. */
-static void round_block(const quantized_x *x, const float *values, int8_t *codes, int64_t stride, float *scale, float *sum, int32_t *total)
+/* Rounds one block of one row. */
+static void round_block(const quantized_x *x, const float *values, const code_places *to, float *scale, float *sum, int32_t *total)
 {
     const __m128i parts = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     const bool wide = x->planes == 2;
-    const int64_t block = x->block;
+    const int64_t block = x->block, chunk = x->chunk > 0 ? x->chunk : block;
     int8_t high[LCO_LARGEST_BLOCK + 8], low[LCO_LARGEST_BLOCK + 8];
     float inverse;
     int32_t all = 0;
@@ -124,18 +142,25 @@ static void round_block(const quantized_x *x, const float *values, int8_t *codes
     }
     *total = all;
     *sum = *scale * (float)all;
-    for (int64_t i = 0; i < block; i += 16, codes += 2 * stride) {
-        const __m128i first = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(high + i)), parts);
-        const __m128i second = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(low + i)), parts);
-        _mm_storel_epi64((__m128i *)codes, first);
-        if (wide)
-            _mm_storel_epi64((__m128i *)(codes + 8), second);
-        if (i + 8 >= block)
-            break;
-        _mm_storeh_pd((double *)(codes + stride), _mm_castsi128_pd(first));
-        if (wide)
-            _mm_storeh_pd((double *)(codes + stride + 8), _mm_castsi128_pd(second));
+    for (int64_t first = 0; first < block; first += chunk) {
+        int8_t *at = to->at + first / chunk * to->chunk;
+        for (int64_t i = first; i < first + chunk; i += 8, at += to->eight) {
+            _mm_storel_epi64((__m128i *)at, _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)(high + i)), parts));
+            if (wide)
+                _mm_storel_epi64((__m128i *)(at + to->plane), _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)(low + i)), parts));
+        }
     }
+}
+
+/* Rows that AMX holds past the last are zeros. */
+static void clear_rows(const quantized_x *x, const x_tile *t)
+{
+    const int64_t at = t->scale - x->scale;
+    const size_t held = (size_t)(t->held * x->blocks);
+    memset(x->codes + (t->codes - x->codes), 0, held * (size_t)(x->block * x->planes));
+    memset(x->scale + at, 0, held * sizeof *x->scale);
+    memset(x->sum + at, 0, held * sizeof *x->sum);
+    memset(x->total + at, 0, held * sizeof *x->total);
 }
 
 static void round_tiles(void *ctx, int64_t begin, int64_t end, int thread)
@@ -144,28 +169,30 @@ static void round_tiles(void *ctx, int64_t begin, int64_t end, int thread)
     const quantized_x *x = ctx;
     float values[LCO_LARGEST_BLOCK];
     for (int64_t tile = begin; tile < end; tile++) {
-        int rows;
-        const int64_t row = tile_at(x, tile, &rows), at = row * x->blocks, stride = (int64_t)rows * x->planes * 8;
-        for (int64_t r = 0; r < rows; r++) {
-            int8_t *codes = x->codes + at * x->block * x->planes + r * x->planes * 8;
-            for (int64_t b = 0; b < x->blocks; b++, codes += x->block / 8 * stride) {
-                const int64_t i = at + b * rows + r;
-                gather_block(x, x->args->x + (row + r) * x->args->ld_x, b * x->block, values);
-                round_block(x, values, codes, stride, &x->scale[i], &x->sum[i], &x->total[i]);
+        const x_tile t = get_tile(x, tile);
+        const int64_t at = t.scale - x->scale;
+        if (t.held > t.rows)
+            clear_rows(x, &t);
+        for (int64_t r = 0; r < t.rows; r++)
+            for (int64_t b = 0; b < x->blocks; b++) {
+                const int64_t i = at + b * t.held + r;
+                const code_places to = places_of(x, &t, r, b);
+                gather_block(x, x->args->x + (tile * x->tile_rows + r) * x->args->ld_x, b * x->block, values);
+                round_block(x, values, &to, &x->scale[i], &x->sum[i], &x->total[i]);
             }
-        }
     }
 }
 
-static bool round_x(const lco_linear_args *a, const lco_qweight *q, quantized_x *x)
+/* `chunk` as in quantized_x: AMX takes tiles of AMX_ROWS rows. */
+static bool round_x(const lco_linear_args *a, const lco_qweight *q, int64_t chunk, quantized_x *x)
 {
     lco_arena *scratch = a->exec->scratch;
-    *x = (quantized_x){.args = a, .order = lco_qweight_order(q), .block = q->block, .blocks = lco_qweight_blocks(q)};
-    const int64_t most = a->x_int8 ? X_TILE : X_TILE_WIDE;
+    *x = (quantized_x){.args = a, .order = lco_qweight_order(q), .block = q->block, .blocks = lco_qweight_blocks(q), .chunk = chunk};
+    const int64_t most = chunk > 0 ? AMX_ROWS : a->x_int8 ? X_TILE : X_TILE_WIDE;
     x->planes = a->x_int8 ? 1 : 2;
     x->tiles = (a->m + most - 1) / most;
-    x->tile_rows = (a->m + x->tiles - 1) / x->tiles;
-    const size_t rows = (size_t)a->m * (size_t)x->blocks;
+    x->tile_rows = chunk > 0 ? most : (a->m + x->tiles - 1) / x->tiles;
+    const size_t rows = (size_t)(chunk > 0 ? (a->m + 15) / 16 * 16 : a->m) * (size_t)x->blocks;
     x->codes = lco_arena_take(scratch, rows * (size_t)x->block * (size_t)x->planes);
     x->scale = lco_arena_take(scratch, rows * sizeof *x->scale);
     x->sum = lco_arena_take(scratch, rows * sizeof *x->sum);
@@ -201,7 +228,7 @@ static void quantized_task(void *ctx, int64_t begin, int64_t end, int thread)
 {
     (void)thread;
     const quantized_job *job = ctx;
-    float sums[X_TILE * LCO_PANEL_ROWS];
+    float sums[AMX_ROWS * LCO_PANEL_ROWS];
     for (int64_t item = begin; item < end; item++) {
         int p = 0;
         while (item >= job->first[p + 1])
@@ -213,7 +240,7 @@ static void quantized_task(void *ctx, int64_t begin, int64_t end, int thread)
         for (int64_t tile = 0; tile < job->x[p]->tiles; tile++) {
             const x_tile x = get_tile(job->x[p], tile);
             for (int64_t panel = from; panel < to; panel++) {
-                job->product(q, lco_qweight_panel(q, panel), &x, sums, job->prefetch && tile == 0);
+                job->kernel->product(q, lco_qweight_panel(q, panel), &x, sums, job->kernel->prefetch && tile == 0);
                 finish_tile(job->args, part, tile * job->x[p]->tile_rows, x.rows, panel * LCO_PANEL_ROWS, sums);
             }
         }
@@ -235,10 +262,10 @@ static void cut_items(quantized_job *job)
     }
 }
 
-static lco_status linear_quantized(const lco_linear_args *a, panel_product product, bool prefetch)
+static lco_status linear_quantized(const lco_linear_args *a, const quantized_kernel *kernel)
 {
     quantized_x x[LCO_LINEAR_PARTS];
-    quantized_job job = {.args = a, .product = product, .prefetch = prefetch};
+    quantized_job job = {.args = a, .kernel = kernel};
     const lco_mark mark = lco_arena_mark(a->exec->scratch);
     bool ok = true;
     if (a->m == 0)
@@ -248,7 +275,7 @@ static lco_status linear_quantized(const lco_linear_args *a, panel_product produ
             if (same_x(a->part[before].w, a->part[p].w))
                 job.x[p] = job.x[before];
         if (job.x[p] == NULL) {
-            ok = round_x(a, a->part[p].w, &x[p]);
+            ok = round_x(a, a->part[p].w, kernel->chunk != NULL ? kernel->chunk(a->part[p].w) : 0, &x[p]);
             job.x[p] = &x[p];
         }
     }
