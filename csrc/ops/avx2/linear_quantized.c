@@ -7,6 +7,8 @@
 #define SHORT_SUM 4      /* times 8 inputs that 16-bit sums hold */
 #define PLANES_NIBBLES 4 /* sums of a row: [plane][nibble] */
 
+typedef int32_t __attribute__((may_alias)) four_bytes; /* of x: loaded where they lie, so that the load broadcasts them */
+
 /* 16-bit sums of one 8 inputs added to sum16: [plane][low nibble, high nibble], or [plane] of 4 bits, whose nibbles are different inputs. */
 ALWAYS_INLINE void add_eight(__m256i *sum16, const uint8_t *codes, const char *x, const int bits, const int planes)
 {
@@ -15,8 +17,7 @@ ALWAYS_INLINE void add_eight(__m256i *sum16, const uint8_t *codes, const char *x
         const __m256i both = _mm256_load_si256((const __m256i *)(codes + part * 128));
         const __m256i nibble[2] = {_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi16(both, 4), low)};
         for (int p = 0; p < planes; p++) {
-            int32_t four[2];
-            memcpy(four, x + p * 8, sizeof four);
+            const four_bytes *four = (const four_bytes *)(x + p * 8);
             for (int i = 0; i < 2; i++) {
                 __m256i *sum = &sum16[bits == 8 ? p * 2 + i : p];
                 *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(nibble[i], _mm256_set1_epi32(four[bits == 8 ? part : i])));
