@@ -153,8 +153,8 @@ def test_against_transformers(tmp_path):
     ids = checkpoints.prompt(30, SHAPE["vocab_size"])
     with torch.no_grad():
         expected = peer(torch.tensor([ids])).logits[0].numpy()
-    with llmcoopt.Model.from_pretrained(tmp_path, dtype="float32", threads=1) as model:
-        assert checkpoints.error(model.forward(ids), expected) < 2e-5
+    with llmcoopt.Model.from_pretrained(tmp_path, dtype="float32", threads=1) as model, llmcoopt.KVCache(model, dtype="float32") as cache:
+        assert checkpoints.error(model.forward(ids, cache.sequence()), expected) < 2e-5
 
 
 @settings(max_examples=150, deadline=None)
