@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from quant_writers import SHAPE, as_float32, groups_of, make
 
 import llmcoopt
+from llmcoopt import _core
 from llmcoopt import reference_quant as spec
 from llmcoopt.config import parse_config
 from llmcoopt.loaders import load
+from llmcoopt.loaders.packing import pack, why_not
 from llmcoopt.loaders.quant_config import QuantConfig, Scheme
 from llmcoopt.loaders.quant_modules import module_weight
 from llmcoopt.loaders.safetensors import make_tensor
@@ -188,7 +190,16 @@ def test_every_shape(layout, bits, outputs, inputs, group, sym, shuffled, versio
     notes = []
     found = module_weight("m", tensors, (outputs, inputs), {}, QuantConfig("c", layout, scheme, **said), notes)
     np.testing.assert_array_equal(found.dequantize("F32").numpy(), meant)
-    assert not notes
+    assert not notes and why_not(found) is None
+    kept, x = pack(found), rng.standard_normal((3, inputs)).astype(np.float32)
+    rows, exact = np.empty((outputs, inputs), np.float32), x.astype(np.float64) @ meant.astype(np.float64).T
+    _core.unpack_rows(kept.data, 0, rows)
+    np.testing.assert_array_equal(rows, meant)
+    bound = 4e-5 * np.abs(x).max() * np.abs(meant).sum(axis=1) + 1e-5  # a step of 16-bit activations is 3e-5 of their largest
+    for isa in llmcoopt.isas():
+        out = np.empty((3, outputs), np.float32)
+        _core.OpContext(isa).linear_quantized(x, [(out, kept.data, "quantized", None)])
+        assert (np.abs(out - exact) <= bound).all(), isa
 
 
 def test_published_gptq_slices(data):
