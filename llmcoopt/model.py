@@ -67,6 +67,7 @@ class Model:
         quantization_config: dict | None = None,
         weights: str = "auto",
         activations: str = "int16",
+        head_bits: int | None = None,
     ) -> "Model":
         """Loads a model.
 
@@ -85,6 +86,7 @@ class Model:
                 (docs/quantization.md).
             activations: products with quantised weights round activations to "int16" (relative error 3e-5) or "int8" (6e-3; faster for
                 prompts), with a scale for each row and group. Others do not round, or to bfloat16 for prompts.
+            head_bits: 8 rounds an output matrix that is not quantised to 8 bits with a scale for 64 inputs: half the bytes to read for it.
 
         Files are memory-mapped and used in place where the type is kept. Raises MissingFileError, FormatError (file and tensor named),
         UnsupportedError, OutOfMemoryError.
@@ -94,9 +96,11 @@ class Model:
         for name, value, known in (("weights", weights, ("auto", "dequantized")), ("activations", activations, ("int16", "int8"))):
             if value not in known:
                 raise ArgumentError(f"{name} = {value!r}, expected {known[0]!r} or {known[1]!r}")
+        if head_bits not in (None, 8):
+            raise ArgumentError(f"head_bits = {head_bits!r}, expected 8 or None")
         path = loaders.resolve(pretrained_model_name_or_path, revision=revision)
         keep = weights == "auto" and dtype == "auto"
-        checkpoint = loaders.load(path, dtype, tie_word_embeddings, None, quantization_config, keep)
+        checkpoint = loaders.load(path, dtype, tie_word_embeddings, None, quantization_config, keep, head_bits)
         return cls(checkpoint, threads=threads, isa=isa, activations=activations)
 
     @functools.cached_property

@@ -10,14 +10,14 @@ from . import smollm2
 from .checkpoint import LoadedCheckpoint, in_threads
 from .gguf import read_metadata
 from .gguf_model import load_gguf
-from .hf import load_folder
+from .hf import EMBEDDING, HEAD, load_folder
 from .hub import resolve
 from .lint import lint
 from .lint import to_json as finding_to_json
-from .packing import QUANTIZED, layout_of, pack, why_not
+from .packing import QUANTIZED, layout_of, pack, quantize_rows, why_not
 from .quantized import QuantizedWeight, with_progress
 from .safetensors import BITS, Tensor, read_safetensors
-from .stored import of_quantized, row_text, summary
+from .stored import Stored, of_quantized, row_text, summary
 
 __all__ = [
     "QUANTIZED",
@@ -46,6 +46,7 @@ def load(
     revision: str | None = None,
     quantization_config: dict | None = None,
     quantized: bool = False,
+    head_bits: int | None = None,
 ) -> LoadedCheckpoint:
     """Loads a model: a Hugging Face folder, a .gguf file, "tiny", or a hub id (see `resolve`).
 
@@ -54,7 +55,8 @@ def load(
     "bfloat16" convert every matrix; vectors (norms, biases) stay as stored. `tie_word_embeddings` overrides the config, and so do the keys
     of `quantization_config` (quant_method, bits, group_size, sym, checkpoint_format, dynamic) what the files say of their quantisation.
     `quantized` keeps quantised weights in their bits, as tensors of dtype "QUANTIZED" for the kernels; what their layout does not express is
-    decoded all the same. It needs dtype "auto".
+    decoded all the same. It needs dtype "auto". `head_bits=8` rounds the output matrix to 8 bits, where it is not quantised; a tied one becomes a
+    matrix of its own.
 
     Raises ArgumentError, MissingFileError, FormatError, UnsupportedError, and NumericError when float16 cannot hold a weight."""
     name = str(dtype).removeprefix("torch.")
@@ -74,10 +76,21 @@ def load(
         checkpoint = load_gguf(place, wanted or "BF16", tie_word_embeddings, quantized)
     if checkpoint.quantized:
         checkpoint = _settle_quantized(checkpoint, wanted or checkpoint.decode_dtype, quantized)
-    if wanted is None:
+    if wanted is not None:
+        converted = in_threads(lambda tensor: _convert(tensor, wanted), checkpoint.tensors.values())
+        checkpoint = replace(checkpoint, tensors={tensor.name: tensor for tensor in converted})
+    return _round_head(checkpoint) if head_bits == 8 else checkpoint
+
+
+def _round_head(checkpoint: LoadedCheckpoint) -> LoadedCheckpoint:
+    """The checkpoint with an output matrix of 8 bits."""
+    head = checkpoint.tensors[EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD]
+    if head.dtype == QUANTIZED:
         return checkpoint
-    converted = in_threads(lambda tensor: _convert(tensor, wanted), checkpoint.tensors.values())
-    return replace(checkpoint, tensors={tensor.name: tensor for tensor in converted})
+    tensors = checkpoint.tensors | {HEAD: quantize_rows(HEAD, head)}
+    stored = checkpoint.stored | {HEAD: Stored(head.dtype, BITS[head.dtype], head.nbytes, kept="8 bits")}
+    config = replace(checkpoint.config, tie_word_embeddings=False)
+    return replace(checkpoint, config=config, tensors=tensors, stored=stored)
 
 
 def _settle_quantized(checkpoint: LoadedCheckpoint, dtype: str, keep: bool) -> LoadedCheckpoint:

@@ -6,12 +6,15 @@ and `why_not` says why."""
 import numpy as np
 
 from .._core import block_codes, pack_begin, pack_rows, pack_size
+from ..errors import NumericError
+from .checkpoint import in_threads
 from .findings import Finding, FoundError
 from .gguf import GgufTensor
 from .quantized import QuantizedWeight
 from .safetensors import Tensor, release_pages
 
 QUANTIZED = "QUANTIZED"  # the dtype of a Tensor in the layout
+HEAD_GROUP = 64  # inputs that share a scale where a plain matrix is rounded to 8 bits
 LARGEST_BLOCK = 128  # inputs that share a scale in the layout
 WORD_ROWS, ROWS = 512, 64  # outputs packed at a time, from GPTQ's words and from codes in bytes
 # GGUF type -> (bits of the layout, added to codes, offsets, type of scales that holds them exactly)
@@ -83,6 +86,32 @@ def pack_gguf(name: str, tensor: GgufTensor, data: np.ndarray, file: str) -> tup
         lost += pack_rows(out, codes[:rows], 0, shift, (begin, rows), scales, "float32", None, shifts, where)
     release_pages(tensor.data)
     return _tensor(name, (n, k), out, file), lost
+
+
+def quantize_rows(name: str, tensor: Tensor) -> Tensor:
+    """A plain matrix rounded to 8 bits, for each output and HEAD_GROUP inputs to multiples of their largest magnitude / 127, as `name`."""
+    (n, k), groups = tensor.shape, -(-tensor.shape[1] // HEAD_GROUP)
+    out = _begin(n, k, (8, HEAD_GROUP, "bfloat16", "none"), None)
+    values = tensor.numpy()
+
+    def quantize(begin):
+        rows = min(WORD_ROWS, n - begin)
+        part = values[begin : begin + rows]
+        x = np.zeros((rows, groups, HEAD_GROUP), np.float32)
+        floats = (part.astype(np.uint32) << 16).view(np.float32) if part.dtype == np.uint16 else part.astype(np.float32)
+        x.reshape(rows, -1)[:, :k] = floats
+        scales = ((np.abs(x).max(axis=2) / np.float32(127)).view(np.uint32) + 0xFFFF >> 16).astype(np.uint16)  # bfloat16, rounded up
+        steps = np.maximum((scales.astype(np.uint32) << 16).view(np.float32), np.finfo(np.float32).tiny)
+        np.rint(np.divide(x, steps[:, :, None], out=x), out=x)
+        codes = np.ascontiguousarray((np.clip(x, -127, 127) + 128).astype(np.uint8).reshape(rows, -1)[:, :k])
+        where = (begin, rows, groups, HEAD_GROUP)
+        return pack_rows(out, codes, 0, 0, (begin, rows), np.ascontiguousarray(scales.T), "bfloat16", None, None, where)
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        lost = sum(in_threads(quantize, range(0, n, WORD_ROWS)))
+    if lost:
+        raise NumericError(f"{tensor.file}: tensor '{tensor.name}' holds values that are NaN or infinite, which 8 bits do not")
+    return _tensor(name, (n, k), out, tensor.file)
 
 
 def _block(group, inputs):

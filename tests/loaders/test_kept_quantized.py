@@ -3,7 +3,7 @@
 import checkpoints
 import numpy as np
 import pytest
-from quant_writers import SHAPE, make
+from quant_writers import SHAPE, as_float32, make
 from test_quantized import VARIANTS, arguments
 from writers import gguf_metadata, gguf_tensors, raw_gguf
 
@@ -135,6 +135,24 @@ def test_activations_of_8_bits(tmp_path):
     assert (difference > 1e-4 or llmcoopt.isas() == ["ref"]) and difference < 0.1
 
 
+@pytest.mark.parametrize("family, hidden", [("llama", 64), ("llama", 104), ("qwen2", 64)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_of_8_bits(tmp_path, family, hidden, tied):
+    shape = {**SHAPE, "hidden_size": hidden, "tie_word_embeddings": tied}
+    weights = checkpoints.make(tmp_path, family, **shape, dtype="bfloat16")
+    ids = checkpoints.prompt(20, SHAPE["vocab_size"])
+    head = load(tmp_path, head_bits=8).tensors["lm_head.weight"]
+    exact = as_float32(weights["model.embed_tokens.weight" if tied else "lm_head.weight"])
+    steps = np.abs(exact).max() / 127
+    assert layout_of(head) == (8, 64) and np.abs(decoded(head) - exact).max() <= steps * 0.51
+    with llmcoopt.Model.from_pretrained(tmp_path, threads=1, head_bits=8) as a, llmcoopt.Model.from_pretrained(tmp_path, threads=1) as b:
+        row = next(row for row in a.stored if row["modules"] == "lm_head")
+        assert (row["format"], row["kept"]) == ("BF16", "8 bits") and row["memory"] < row["bytes"]
+        found, expected = a.forward(ids), b.forward(ids)
+    difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-4 < difference < 1e-2
+
+
 def test_scales_that_are_not_finite(tmp_path):
     def edit(tensors):
         scales = tensors[f"{UP}.scales"].copy()
@@ -152,5 +170,7 @@ def test_refusals(tmp_path):
         llmcoopt.Model.from_pretrained(tmp_path, weights="packed")
     with pytest.raises(ArgumentError, match="activations = 'int4', expected 'int16' or 'int8'"):
         llmcoopt.Model.from_pretrained(tmp_path, activations="int4")
+    with pytest.raises(ArgumentError, match="head_bits = 4, expected 8 or None"):
+        llmcoopt.Model.from_pretrained(tmp_path, head_bits=4)
     with pytest.raises(ArgumentError, match="dtype is 'float32' and weights are to stay quantised"):
         load(tmp_path, "float32", quantized=True)
