@@ -29,7 +29,8 @@ FLAGS = {
     "csrc/ops/avx2": AVX2,
     "csrc/ops/avx512": AVX512,
     "csrc/ops/avx512/linear_bf16.c": [*AVX512, "-mavx512bf16"],
-    "csrc/ops/amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "csrc/ops/avx512/linear_quantized.c": [*AVX512, "-mavx512vnni"],
+    "csrc/ops/amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 X86_ONLY = ("csrc/ops/avx2", "csrc/ops/avx512", "csrc/ops/amx")
 LINK = ["-pthread", "-lm"]

@@ -11,13 +11,13 @@ both), and shares are medians over these rounds. Steps are timed from Python, so
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import roofline
+from random_models import SHAPES, write_folder
 from table import write_csv
 
 import llmcoopt
@@ -27,66 +27,13 @@ from llmcoopt.generation import Options
 CHUNK = 512  # prompt tokens of a step
 ROUND = 6  # decode steps between two probes of the bandwidth
 PROMPTS = 9  # prompts timed
-# vocabulary, hidden, ffn, layers, heads, kv heads, tied head
-SHAPES = {
-    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True),
-    "smollm2-360m": (49152, 960, 2560, 32, 15, 5, True),
-    "llama-1b": (128256, 2048, 8192, 16, 32, 8, True),
-}
-
-
-def bfloat16_noise(rng: np.random.Generator, count: int) -> np.ndarray:
-    """`count` bits of bfloat16 numbers around 0, of a size that keeps activations finite; a block of randomness repeated."""
-    block = (rng.standard_normal(1 << 20) * 0.02).astype(np.float32).view(np.uint32) >> 16
-    return np.resize(block.astype(np.uint16), count)
-
-
-def write_model(folder: Path, shape: tuple) -> None:
-    """A Hugging Face folder with random weights."""
-    vocab, hidden, ffn, layers, heads, kv_heads, tied = shape
-    d = hidden // heads
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e5,
-        "tie_word_embeddings": tied,
-    }
-    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    if not tied:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    for i in range(layers):
-        layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
-        layer |= {f"self_attn.{p}_proj": (n * d, hidden) for p, n in {"q": heads, "k": kv_heads, "v": kv_heads}.items()}
-        layer |= {"self_attn.o_proj": (hidden, heads * d), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden)}
-        layer |= {"mlp.down_proj": (hidden, ffn)}
-        shapes |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
-    header, at = {}, 0
-    for name, value in shapes.items():
-        size = 2 * int(np.prod(value))
-        header[name] = {"dtype": "BF16", "shape": list(value), "data_offsets": [at, at + size]}
-        at += size
-    rng = np.random.default_rng(0)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in shapes.values():
-            file.write(bfloat16_noise(rng, int(np.prod(value))).tobytes())
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def step_bytes(model: llmcoopt.Model, tokens: float, bytes_per_token: int) -> float:
     """What a decode step must read: weights, and the cache of `tokens` tokens over all sequences."""
-    c = model.config
-    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size * (4 if model.dtype == "float32" else 2)
+    embedding = (
+        0 if model.config.tie_word_embeddings else next(row["memory"] for row in model.stored if row["modules"].endswith("embed_tokens"))
+    )
     return model.weight_bytes - embedding + tokens * bytes_per_token
 
 
@@ -102,7 +49,7 @@ def prompt_flops(model: llmcoopt.Model, prompt: int) -> float:
 
 def peak_unit(model: llmcoopt.Model) -> str:
     """The unit of roofline.UNITS that the model's prompt products can use."""
-    bfloat16 = model.dtype == "bfloat16"
+    bfloat16 = model.dtype == "bfloat16" or any(row["kept"] for row in model.stored)
     if model.isa == "amx" and bfloat16:
         return "amx bf16"
     if model.isa in ("amx", "avx512"):
@@ -244,7 +191,7 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
             if name in SHAPES:
-                write_model(Path(folder), SHAPES[name])
+                write_folder(Path(folder), SHAPES[name])
             for isa in options.isa:
                 rows += bench(folder if name in SHAPES else name, name if name in SHAPES else Path(name).stem, isa, options)
     write_csv(rows, "decode", options.csv)

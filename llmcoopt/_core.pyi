@@ -13,7 +13,12 @@ class Model:
     """A model over weight buffers, which it keeps alive. `config` is ModelConfig.to_core(); `tensors` holds (name, buffer, dtype, shape)."""
 
     def __init__(
-        self, config: dict, tensors: list[tuple[str, Buffer, str, tuple[int, ...]]], threads: int = 0, isa: str | None = None
+        self,
+        config: dict,
+        tensors: list[tuple[str, Buffer, str, tuple[int, ...]]],
+        threads: int = 0,
+        isa: str | None = None,
+        x_int8: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -144,6 +149,14 @@ class OpContext:
     def linear(
         self, x: Buffer, parts: _Sequence[tuple[Buffer, Buffer, str, Buffer | None]], m_prompt: int = 0, accumulate: bool = False
     ) -> None: ...
+    def linear_quantized(
+        self,
+        x: Buffer,
+        parts: _Sequence[tuple[Buffer, Buffer, str, Buffer | None]],
+        m_prompt: int = 0,
+        accumulate: bool = False,
+        x_int8: bool = False,
+    ) -> None: ...
     def swiglu(self, out: Buffer, gate: Buffer, up: Buffer) -> None: ...
     def mlp(
         self,
@@ -230,6 +243,9 @@ class OpContext:
 def isas() -> list[str]:
     """Names of the instruction sets that this machine can run, best last."""
 
+def block_codes(blocks: Buffer, type: int, rows: int, codes: Buffer, scales: Buffer, offsets: Buffer | None) -> None:
+    """The integers of GGUF blocks: uint8 codes [rows, k] (of Q8_0 plus 128), float32 scales and offsets [k / group, rows]."""
+
 def convert(source: Buffer, from_dtype: str, out: Buffer, to_dtype: str) -> int:
     """Converts between 'F32', 'F16' and 'BF16', rounding to nearest even; returns how many values were lost."""
 
@@ -240,6 +256,29 @@ def dequantize_groups(
     codes: Buffer, k: int, scales: Buffer, zeros: Buffer, group_of: Buffer | None, group_size: int, out: Buffer, dtype: str
 ) -> int:
     """out[r, c] = scales[r, g] * (codes[r, c] - zeros[r, g]), g being group_of[c] or c // group_size; returns how many values were lost."""
+
+def pack_size(n: int, k: int, bits: int, block: int, scale_dtype: str, offsets: str, ordered: bool) -> int:
+    """Bytes of a quantised weight in the layout of csrc/base/qweight.h."""
+
+def pack_begin(out: Buffer, n: int, k: int, bits: int, block: int, scale_dtype: str, offsets: str, order: Buffer | None) -> None:
+    """Writes the header of a quantised weight: 4 or 8 bits, `block` inputs that share a scale, offsets "none", "zeros" or "floats"."""
+
+def pack_rows(
+    out: Buffer,
+    codes: Buffer,
+    words_n: int,
+    shift: int,
+    rows: tuple[int, int],
+    scales: Buffer,
+    dtype: str,
+    zeros: Buffer | None,
+    offsets: Buffer | None,
+    groups: tuple[int, int, int, int],
+) -> int:
+    """Fills outputs rows = (first, count); groups: (first output, outputs, groups, group size). Returns how many scales are not exact."""
+
+def unpack_rows(weight: Buffer, row: int, out: Buffer) -> None:
+    """Decodes outputs from `row` on into float32 [rows, k], in the file's order of inputs."""
 
 def unpack(
     words: Buffer, bits: int, kind: int, strides: tuple[int, int], part: tuple[int, int, int, int], transposed: bool, out: Buffer

@@ -79,6 +79,8 @@ def _add_common(parser):
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--threads", type=int, default=0, help="default: all CPUs this process may use")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    parser.add_argument("--weights", default="auto", help="auto: quantised weights stay in their bits; dequantized: decoded to 16 bit")
+    parser.add_argument("--activations", default="int16", help="in products with quantised weights: int16, or int8 (faster, less exact)")
 
 
 def _add_quantize_options(parser):
@@ -139,7 +141,7 @@ def _load(args):
     from .model import Model
     from .tokenizer import Tokenizer
 
-    model = Model.from_pretrained(_path(args), dtype=args.dtype, threads=args.threads)
+    model = Model.from_pretrained(_path(args), dtype=args.dtype, threads=args.threads, weights=args.weights, activations=args.activations)
     return model, Tokenizer.from_pretrained(model.tokenizer_source)
 
 

@@ -13,19 +13,20 @@ from .cache import KVCache, Sequence, of_model
 from .errors import ArgumentError, ForkError, UnsupportedError
 from .taps import Tap
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "QUANTIZED": "quantized"}  # safetensors' names and ours
 CHUNK = 512  # prompt tokens computed at once; Ctrl-C is heard between chunks
 
 
 class Model:
     """A language model on the CPU. Make one with `Model.from_pretrained`.
 
-    Attributes: config (ModelConfig), dtype (of the weight matrices), name, path, isa (instruction set in use), threads, num_parameters,
-    weight_bytes, cache_scales (float32 [layers, k|v, kv heads] of the checkpoint, or None; see KVCache's kv_scales). Use it as a context
-    manager, or call close(), to stop its threads and release the mapped files.
+    Attributes: config (ModelConfig), dtype (of the weight matrices; of quantised ones, what they would be decoded to), name, path, isa
+    (instruction set in use), threads, activations ("int16" or "int8", in products with quantised weights), num_parameters, weight_bytes,
+    cache_scales (float32 [layers, k|v, kv heads] of the checkpoint, or None; see KVCache's kv_scales). Use it as a context manager, or call
+    close(), to stop its threads and release the mapped files.
     """
 
-    def __init__(self, checkpoint, threads: int = 0, isa: str | None = None):
+    def __init__(self, checkpoint, threads: int = 0, isa: str | None = None, activations: str = "int16"):
         self.config = checkpoint.config
         self.path = Path(checkpoint.path)
         self.format = checkpoint.format
@@ -35,14 +36,20 @@ class Model:
         tensors = list(checkpoint.tensors.values())
         self._tensors = tensors
         self._core = _core.Model(
-            self.config.to_core(), [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors], threads or _limits.cpus(), isa
+            self.config.to_core(),
+            [(t.name, t.data, DTYPES[t.dtype], tuple(t.shape)) for t in tensors],
+            threads or _limits.cpus(),
+            isa,
+            activations == "int8",
         )
         info = self._core.info()
         self.isa, self.isa_detail, self.threads = info["isa"], info["isa_detail"], info["threads"]
         self.num_parameters = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
         self.weight_bytes = sum(memoryview(t.data).nbytes for t in tensors)
         self.stored = loaders.summary(tensors, checkpoint.stored)
-        self.dtype = next(DTYPES[t.dtype] for t in tensors if t.name.endswith("q_proj.weight"))
+        self.activations = activations
+        dtype = next(t.dtype for t in tensors if t.name.endswith("q_proj.weight"))
+        self.dtype = DTYPES[checkpoint.decode_dtype if dtype == loaders.QUANTIZED else dtype]
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._generations: weakref.WeakSet = weakref.WeakSet()
 
@@ -58,6 +65,9 @@ class Model:
         revision: str | None = None,
         tie_word_embeddings: bool | None = None,
         quantization_config: dict | None = None,
+        weights: str = "auto",
+        activations: str = "int16",
+        head_bits: int | None = None,
     ) -> "Model":
         """Loads a model.
 
@@ -65,22 +75,33 @@ class Model:
             pretrained_model_name_or_path: a Hugging Face folder, a .gguf file, "tiny" (the model inside this package), or a hub id
                 ("org/name", needs huggingface_hub unless it is in the local cache).
             device: "auto" or "cpu".
-            dtype: "auto" keeps the file's type (quantised weights become 16 bit: docs/quantization.md); "float32", "float16", "bfloat16" convert.
+            dtype: "auto" keeps the file's type; "float32", "float16", "bfloat16" convert, which decodes quantised weights.
             threads: 0 uses every CPU this process may use (its affinity, and its container's quota).
             isa: "ref", "avx2", "avx512", "amx"; None takes the best, or what LLMCOOPT_ISA says.
             revision: of a hub id.
             tie_word_embeddings: overrides the config.
             quantization_config: overrides what the files say of their quantisation, key by key: quant_method, bits, group_size, sym,
                 checkpoint_format ("gptq": zeros stored less one, "gptq_v2": as they are), dynamic.
+            weights: "auto" keeps quantised weights in their bits where dtype is "auto"; "dequantized" decodes them to 16 bit
+                (docs/quantization.md).
+            activations: products with quantised weights round activations to "int16" (relative error 3e-5) or "int8" (6e-3; faster for
+                prompts), with a scale for each row and group. Others do not round, or to bfloat16 for prompts.
+            head_bits: 8 rounds an output matrix that is not quantised to 8 bits with a scale for 64 inputs: half the bytes to read for it.
 
         Files are memory-mapped and used in place where the type is kept. Raises MissingFileError, FormatError (file and tensor named),
         UnsupportedError, OutOfMemoryError.
         """
         if device not in ("auto", "cpu"):
             raise UnsupportedError(f"device = {device!r}: this version runs on the CPU; pass device='cpu' or leave it out")
+        for name, value, known in (("weights", weights, ("auto", "dequantized")), ("activations", activations, ("int16", "int8"))):
+            if value not in known:
+                raise ArgumentError(f"{name} = {value!r}, expected {known[0]!r} or {known[1]!r}")
+        if head_bits not in (None, 8):
+            raise ArgumentError(f"head_bits = {head_bits!r}, expected 8 or None")
         path = loaders.resolve(pretrained_model_name_or_path, revision=revision)
-        checkpoint = loaders.load(path, dtype=dtype, tie_word_embeddings=tie_word_embeddings, quantization_config=quantization_config)
-        return cls(checkpoint, threads=threads, isa=isa)
+        keep = weights == "auto" and dtype == "auto"
+        checkpoint = loaders.load(path, dtype, tie_word_embeddings, None, quantization_config, keep, head_bits)
+        return cls(checkpoint, threads=threads, isa=isa, activations=activations)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -197,8 +218,8 @@ class Model:
         }
 
     def stored_lines(self) -> list[str]:
-        """How the file holds the matrices, a line for those that are alike: how many, format, bits, groups, order, bytes."""
-        return [loaders.row_text(row, bytes_text(row["bytes"])) for row in self.stored]
+        """How the file holds the matrices and how memory does, a line for those that are alike: how many, format, bits, groups, order, bytes."""
+        return [loaders.row_text(row, bytes_text(row["bytes"]), bytes_text(row["memory"])) for row in self.stored]
 
     def __repr__(self):
         c = self.config

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from llmcoopt import _core
+
 EPS = 2.0**-24  # half a unit in the last place of float32 at 1
 DTYPES = ("float32", "float16", "bfloat16")
 SCALED = ("fp8_e4m3", "fp8_e5m2", "int8")  # one byte and a scale: csrc/base/codes.h
@@ -291,3 +293,56 @@ def weights(q, k, scale, seen):
     scores = np.where(seen, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
+
+
+def aligned(size):
+    """Zeroed uint8 [size] at a multiple of 64 bytes."""
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
+class Quantized:
+    """A random quantised weight [n, k]: codes, scales and zeros or offsets as arrays, `values` float64 by the formula, and `packed` for operators.
+
+    group: inputs that share a scale; offsets: "none", "zeros" or "floats"; shuffled: groups are of inputs in any order."""
+
+    def __init__(self, rng, n, k, bits=4, group=32, offsets="none", scale_dtype="float16", shuffled=False):
+        self.bits, self.offsets, self.scale_dtype = bits, offsets, scale_dtype
+        self.block = next(b for b in range(min(128, -(-group // 8) * 8), 0, -8) if group % b == 0 or group >= k)
+        group = group if group % self.block == 0 else -(-k // self.block) * self.block
+        self.groups, self.group, neutral = -(-k // group), group, 2 ** (bits - 1)
+        self.codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
+        self.scales = encode(rng.uniform(0.002, 0.02, (self.groups, n)), scale_dtype)
+        self.zeros = rng.integers(0, 2**bits, (self.groups, n)).astype(np.int16) if offsets == "zeros" else None
+        self.shifts = encode(rng.uniform(-0.2, 0.1, (self.groups, n)), scale_dtype) if offsets == "floats" else None
+        self.order = rng.permutation(k).astype(np.int32) if shuffled else None
+        self.g_idx = np.empty(k, np.int64)
+        self.g_idx[np.arange(k) if self.order is None else self.order] = np.arange(k) // group
+        scales = decode(self.scales, scale_dtype).astype(np.float64)[self.g_idx].T
+        if offsets == "zeros":
+            self.values = scales * (self.codes - self.zeros[self.g_idx].T.astype(np.int64))
+        elif offsets == "floats":
+            self.values = scales * self.codes + decode(self.shifts, scale_dtype).astype(np.float64)[self.g_idx].T
+        else:
+            self.values = scales * (self.codes.astype(np.int64) - neutral)
+        # What a kernel sums: products with codes less neutral, and offsets.
+        self.magnitude = scales * np.abs(self.codes - (0.0 if offsets == "floats" else neutral)) + np.abs(
+            self.values - scales * (self.codes - (0.0 if offsets == "floats" else neutral))
+        )
+        kind = (bits, self.block, scale_dtype, offsets)
+        self.packed = aligned(_core.pack_size(n, k, *kind, shuffled))
+        _core.pack_begin(self.packed, n, k, *kind, self.order)
+        where = (0, n, self.groups, group)
+        assert _core.pack_rows(self.packed, self.codes, 0, 0, (0, n), self.scales, scale_dtype, self.zeros, self.shifts, where) == 0
+
+    def rounding(self, x, int8=False):
+        """What rounding x to integers may change in a product, at most: [m, n]."""
+        k = x.shape[1]
+        order = np.arange(k) if self.order is None else self.order
+        largest, bound = 127 if int8 else 32639, np.zeros((len(x), len(self.codes)))
+        for start in range(0, k, self.block):
+            inputs = order[start : start + self.block]
+            step = np.maximum(np.abs(x[:, inputs]).max(axis=1), 1e-30) / largest
+            bound += 0.5001 * step[:, None] * np.abs(self.values[:, inputs]).sum(axis=1)
+        return bound

@@ -1,4 +1,4 @@
-/* Byte layouts shared by the whole core (and by the CUDA kernels): element types and the cache page.
+/* Byte layouts shared by the whole core (and by the CUDA kernels): element types and the cache page. Quantised weights: qweight.h.
  *
  * The page: `page_size` tokens of ALL layers, keys and values, one contiguous run of bytes: a *slice* for each layer, one after the other
  *
@@ -34,10 +34,11 @@ typedef enum {
     LCO_F8_E4M3 = 3, /* these are cache codes only, with scales */
     LCO_F8_E5M2 = 4,
     LCO_I8 = 5,
+    LCO_QUANTIZED = 6, /* of weight matrices only: an lco_qweight (base/qweight.h) */
 } lco_dtype;
 
 static inline size_t lco_dtype_bytes(lco_dtype dtype) { return dtype == LCO_F32 ? 4 : dtype <= LCO_BF16 ? 2 : 1; }
-static inline bool lco_dtype_scaled(lco_dtype dtype) { return dtype > LCO_BF16; }
+static inline bool lco_dtype_scaled(lco_dtype dtype) { return dtype > LCO_BF16 && dtype <= LCO_I8; }
 
 #define LCO_KV_BLOCK 16 /* tokens that share a scale */
 enum { LCO_KV_MOST_RESIDUAL = 64, LCO_KV_MOST_FIRST = LCO_KV_BLOCK };

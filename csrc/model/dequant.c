@@ -7,7 +7,21 @@
 
 #define LARGEST_BLOCK 256
 
-typedef void (*block_decoder)(const uint8_t *block, float *out);
+/* A block's integers and what they mean: value i is scale * (code - zero), + offset where the type has offsets, of group i / (values / groups). */
+typedef struct {
+    uint8_t codes[LARGEST_BLOCK];
+    float scales[LARGEST_BLOCK / 16], offsets[LARGEST_BLOCK / 16];
+} block_codes;
+
+typedef void (*block_reader)(const uint8_t *block, block_codes *out);
+
+typedef struct {
+    int type, values, groups;
+    size_t bytes;
+    int zero;
+    bool offsets;
+    block_reader read;
+} block_kind;
 
 static inline float half_at(const uint8_t *p) { return lco_f16_to_f32((uint16_t)(p[0] | p[1] << 8)); }
 
@@ -17,51 +31,53 @@ static inline uint32_t word_at(const uint8_t *p)
 }
 
 /* Byte i of the nibbles holds value i below and value i + 16 above. */
-static void decode_q4_0(const uint8_t *block, float *out)
+static void split_nibbles(const uint8_t *nibbles, uint8_t *codes)
 {
-    const float d = half_at(block);
     for (int i = 0; i < 16; i++) {
-        out[i] = d * (float)((block[2 + i] & 15) - 8);
-        out[i + 16] = d * (float)((block[2 + i] >> 4) - 8);
+        codes[i] = nibbles[i] & 15;
+        codes[i + 16] = nibbles[i] >> 4;
     }
 }
 
-static void decode_q4_1(const uint8_t *block, float *out)
+static void add_fifth_bits(uint32_t fifth, uint8_t *codes)
 {
-    const float d = half_at(block), m = half_at(block + 2);
-    for (int i = 0; i < 16; i++) {
-        out[i] = d * (float)(block[4 + i] & 15) + m;
-        out[i + 16] = d * (float)(block[4 + i] >> 4) + m;
-    }
-}
-
-static void decode_q5_0(const uint8_t *block, float *out)
-{
-    const float d = half_at(block);
-    const uint32_t fifth = word_at(block + 2);
-    for (int i = 0; i < 16; i++) {
-        int low = (block[6 + i] & 15) | (int)(fifth >> i & 1) << 4, high = block[6 + i] >> 4 | (int)(fifth >> (i + 16) & 1) << 4;
-        out[i] = d * (float)(low - 16);
-        out[i + 16] = d * (float)(high - 16);
-    }
-}
-
-static void decode_q5_1(const uint8_t *block, float *out)
-{
-    const float d = half_at(block), m = half_at(block + 2);
-    const uint32_t fifth = word_at(block + 4);
-    for (int i = 0; i < 16; i++) {
-        int low = (block[8 + i] & 15) | (int)(fifth >> i & 1) << 4, high = block[8 + i] >> 4 | (int)(fifth >> (i + 16) & 1) << 4;
-        out[i] = d * (float)low + m;
-        out[i + 16] = d * (float)high + m;
-    }
-}
-
-static void decode_q8_0(const uint8_t *block, float *out)
-{
-    const float d = half_at(block);
     for (int i = 0; i < 32; i++)
-        out[i] = d * (float)(int8_t)block[2 + i];
+        codes[i] |= (uint8_t)((fifth >> i & 1) << 4);
+}
+
+static void read_q4_0(const uint8_t *block, block_codes *out)
+{
+    out->scales[0] = half_at(block);
+    split_nibbles(block + 2, out->codes);
+}
+
+static void read_q4_1(const uint8_t *block, block_codes *out)
+{
+    out->scales[0] = half_at(block);
+    out->offsets[0] = half_at(block + 2);
+    split_nibbles(block + 4, out->codes);
+}
+
+static void read_q5_0(const uint8_t *block, block_codes *out)
+{
+    out->scales[0] = half_at(block);
+    split_nibbles(block + 6, out->codes);
+    add_fifth_bits(word_at(block + 2), out->codes);
+}
+
+static void read_q5_1(const uint8_t *block, block_codes *out)
+{
+    out->scales[0] = half_at(block);
+    out->offsets[0] = half_at(block + 2);
+    split_nibbles(block + 8, out->codes);
+    add_fifth_bits(word_at(block + 4), out->codes);
+}
+
+static void read_q8_0(const uint8_t *block, block_codes *out)
+{
+    out->scales[0] = half_at(block);
+    for (int i = 0; i < 32; i++)
+        out->codes[i] = (uint8_t)(block[2 + i] ^ 128);
 }
 
 /* Scale and minimum of group g (0..7), 6 bits each: the first four lie in the low bits of bytes 0-3 and 4-7; of the others, the low four bits
@@ -79,63 +95,82 @@ static inline void k_scale(const uint8_t *s, int g, int *scale, int *min)
 
 /* Groups come in pairs: 32 bytes hold group 2p in the low and group 2p + 1 in the high nibbles. `fifth` (or NULL): bit g of byte i is the
  * fifth bit of value i of group g. */
-static inline void decode_k(const uint8_t *block, const uint8_t *nibbles, const uint8_t *fifth, float *out)
+static inline void read_k(const uint8_t *block, const uint8_t *nibbles, const uint8_t *fifth, block_codes *out)
 {
     const float d = half_at(block), m = half_at(block + 2);
     for (int g = 0; g < 8; g++) {
         int scale, min;
         k_scale(block + 4, g, &scale, &min);
-        const float step = d * (float)scale, shift = m * (float)min;
+        out->scales[g] = d * (float)scale;
+        out->offsets[g] = -(m * (float)min);
         const uint8_t *q = nibbles + 32 * (g / 2);
         const int right = 4 * (g & 1);
         for (int i = 0; i < 32; i++) {
             int code = q[i] >> right & 15;
             if (fifth != NULL)
                 code |= (fifth[i] >> g & 1) << 4;
-            out[32 * g + i] = step * (float)code - shift;
+            out->codes[32 * g + i] = (uint8_t)code;
         }
     }
 }
 
-static void decode_q4_k(const uint8_t *block, float *out) { decode_k(block, block + 16, NULL, out); }
+static void read_q4_k(const uint8_t *block, block_codes *out) { read_k(block, block + 16, NULL, out); }
 
-static void decode_q5_k(const uint8_t *block, float *out) { decode_k(block, block + 48, block + 16, out); }
+static void read_q5_k(const uint8_t *block, block_codes *out) { read_k(block, block + 48, block + 16, out); }
 
 /* Each half of 128 values: 64 bytes of low nibbles (values 0-63 low, 64-127 high), 32 bytes of high bits (values i, i+32, i+64, i+96). */
-static void decode_q6_k(const uint8_t *block, float *out)
+static void read_q6_k(const uint8_t *block, block_codes *out)
 {
     const float d = half_at(block + 208);
+    for (int g = 0; g < 16; g++)
+        out->scales[g] = d * (float)(int8_t)block[192 + g];
     for (int half = 0; half < 2; half++) {
-        const uint8_t *low = block + 64 * half, *high = block + 128 + 32 * half, *scales = block + 192 + 8 * half;
-        for (int part = 0; part < 4; part++) {
+        const uint8_t *low = block + 64 * half, *high = block + 128 + 32 * half;
+        for (int part = 0; part < 4; part++)
             for (int i = 0; i < 32; i++) {
-                int nibble = low[32 * (part & 1) + i] >> 4 * (part >> 1) & 15;
-                int code = nibble | (high[i] >> 2 * part & 3) << 4;
-                float step = d * (float)(int8_t)scales[2 * part + i / 16];
-                out[128 * half + 32 * part + i] = step * (float)(code - 32);
+                const int nibble = low[32 * (part & 1) + i] >> 4 * (part >> 1) & 15;
+                out->codes[128 * half + 32 * part + i] = (uint8_t)(nibble | (high[i] >> 2 * part & 3) << 4);
             }
-        }
     }
 }
 
-static block_decoder decoder_of(int type, int64_t *values, size_t *bytes)
+static const block_kind *kind_of(int type)
 {
-    static const struct {
-        int type, values;
-        size_t bytes;
-        block_decoder decode;
-    } known[] = {
-        {LCO_Q4_0, 32, 18, decode_q4_0},   {LCO_Q4_1, 32, 20, decode_q4_1},   {LCO_Q5_0, 32, 22, decode_q5_0},
-        {LCO_Q5_1, 32, 24, decode_q5_1},   {LCO_Q8_0, 32, 34, decode_q8_0},   {LCO_Q4_K, 256, 144, decode_q4_k},
-        {LCO_Q5_K, 256, 176, decode_q5_k}, {LCO_Q6_K, 256, 210, decode_q6_k},
+    static const block_kind known[] = {
+        {LCO_Q4_0, 32, 1, 18, 8, false, read_q4_0},   {LCO_Q4_1, 32, 1, 20, 0, true, read_q4_1},
+        {LCO_Q5_0, 32, 1, 22, 16, false, read_q5_0},  {LCO_Q5_1, 32, 1, 24, 0, true, read_q5_1},
+        {LCO_Q8_0, 32, 1, 34, 128, false, read_q8_0}, {LCO_Q4_K, 256, 8, 144, 0, true, read_q4_k},
+        {LCO_Q5_K, 256, 8, 176, 0, true, read_q5_k},  {LCO_Q6_K, 256, 16, 210, 32, false, read_q6_k},
     };
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
-        if (known[i].type == type) {
-            *values = known[i].values;
-            *bytes = known[i].bytes;
-            return known[i].decode;
-        }
+        if (known[i].type == type)
+            return &known[i];
     return NULL;
+}
+
+static void decode(const block_kind *kind, const uint8_t *block, float *out)
+{
+    block_codes b;
+    kind->read(block, &b);
+    const int each = kind->values / kind->groups;
+    for (int g = 0; g < kind->groups; g++)
+        for (int i = g * each; i < (g + 1) * each; i++) {
+            out[i] = b.scales[g] * (float)(b.codes[i] - kind->zero);
+            if (kind->offsets)
+                out[i] += b.offsets[g];
+        }
+}
+
+/* The kind of `type`, when `bytes` hold n values of it. */
+static lco_status check_blocks(int type, size_t bytes, int64_t n, const block_kind **out, lco_error *err)
+{
+    const block_kind *kind = *out = kind_of(type);
+    if (kind == NULL)
+        return lco_fail(err, LCO_EUNSUPPORTED, "GGUF block type %d is not implemented", type);
+    if (n < 0 || n % kind->values != 0 || bytes % kind->bytes != 0 || (int64_t)(bytes / kind->bytes) != n / kind->values)
+        return lco_fail(err, LCO_EINVAL, "%zu bytes of GGUF block type %d do not hold %lld values (%d in %zu bytes each)", bytes, type,
+                        (long long)n, kind->values, kind->bytes);
+    return LCO_OK;
 }
 
 /* Magnitudes from here on round to infinity (or beyond float16's 65504). */
@@ -166,20 +201,41 @@ static int64_t store(const float *x, int64_t n, lco_dtype dtype, void *out, int6
 
 lco_status lco_dequantize(int type, const void *blocks, size_t bytes, lco_dtype dtype, void *out, int64_t n, int64_t *lost, lco_error *err)
 {
-    int64_t values;
-    size_t block_bytes;
-    block_decoder decode = decoder_of(type, &values, &block_bytes);
-    if (decode == NULL)
-        return lco_fail(err, LCO_EUNSUPPORTED, "GGUF block type %d is not implemented", type);
-    if (n < 0 || n % values != 0 || bytes % block_bytes != 0 || (int64_t)(bytes / block_bytes) != n / values)
-        return lco_fail(err, LCO_EINVAL, "%zu bytes of GGUF block type %d do not hold %lld values (%lld in %zu bytes each)", bytes, type,
-                        (long long)n, (long long)values, block_bytes);
+    const block_kind *kind;
+    lco_status status = check_blocks(type, bytes, n, &kind, err);
+    if (status != LCO_OK)
+        return status;
     const float limit = limit_of(dtype);
     float buffer[LARGEST_BLOCK];
     *lost = 0;
-    for (int64_t i = 0; i < n / values; i++) {
-        decode((const uint8_t *)blocks + (size_t)i * block_bytes, buffer);
-        *lost += store(buffer, values, dtype, out, i * values, limit);
+    for (int64_t i = 0; i < n / kind->values; i++) {
+        decode(kind, (const uint8_t *)blocks + (size_t)i * kind->bytes, buffer);
+        *lost += store(buffer, kind->values, dtype, out, i * kind->values, limit);
+    }
+    return LCO_OK;
+}
+
+lco_status lco_block_codes(int type, const void *blocks, size_t bytes, int64_t rows, int64_t k, uint8_t *codes, float *scales,
+                           float *offsets, lco_error *err)
+{
+    const block_kind *kind;
+    lco_status status = check_blocks(type, bytes, rows * k, &kind, err);
+    if (status != LCO_OK)
+        return status;
+    if (k % kind->values != 0 || kind->offsets != (offsets != NULL))
+        return lco_fail(err, LCO_EINVAL, "rows of %lld values of GGUF block type %d, with%s offsets", (long long)k, type,
+                        offsets != NULL ? "" : "out");
+    const int64_t per_row = k / kind->values;
+    for (int64_t i = 0; i < rows * per_row; i++) {
+        block_codes b;
+        kind->read((const uint8_t *)blocks + (size_t)i * kind->bytes, &b);
+        memcpy(codes + i * kind->values, b.codes, (size_t)kind->values);
+        for (int64_t g = 0; g < kind->groups; g++) {
+            const int64_t at = (i % per_row * kind->groups + g) * rows + i / per_row;
+            scales[at] = b.scales[g];
+            if (offsets != NULL)
+                offsets[at] = b.offsets[g];
+        }
     }
     return LCO_OK;
 }

@@ -16,6 +16,7 @@
 #ifndef LCO_MODEL_DEQUANT_H
 #define LCO_MODEL_DEQUANT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -37,6 +38,11 @@ typedef enum {
 /* Decodes n values into out[n]; `bytes` is the size of blocks. *lost counts values that `dtype` cannot hold (NaN, infinite, too large).
  * LCO_EINVAL when n is no whole number of blocks or `bytes` does not fit, LCO_EUNSUPPORTED for other types. */
 lco_status lco_dequantize(int type, const void *blocks, size_t bytes, lco_dtype dtype, void *out, int64_t n, int64_t *lost, lco_error *err);
+
+/* Codes of rows of blocks, [rows][k] (those of Q8_0 plus 128), and their scales and offsets, [k / group][rows]; offsets are NULL for types without.
+ * LCO_EINVAL, LCO_EUNSUPPORTED as above. */
+lco_status lco_block_codes(int type, const void *blocks, size_t bytes, int64_t rows, int64_t k, uint8_t *codes, float *scales,
+                           float *offsets, lco_error *err);
 
 /* Rows of integer codes with a scale and a zero point for each group of columns: codes[rows][k], scales and zeros [rows][groups]. */
 typedef struct {

@@ -5,7 +5,7 @@
 #include "model.h"
 
 typedef struct {
-    const void *data; /* [n, k] row-major, borrowed */
+    const void *data; /* [n, k] row-major, or an lco_qweight; borrowed */
     lco_dtype dtype;
     int64_t n, k;
     const float *bias; /* [n] or NULL */
@@ -29,6 +29,7 @@ struct lco_model {
     lco_pool *pool;
     const lco_ops *ops;
     lco_exec exec;
+    bool x_int8; /* of quantised weights: lco_linear_args */
 };
 
 /* weights.c: fills embedding, head, norms and layers from the named tensors. */

@@ -116,6 +116,19 @@ static lco_linear_args linear_args(const step *s, const float *x, int64_t k, boo
         .n_parts = n_parts, .accumulate = add, .x = x, .k = k, .ld_x = k, .m = s->m, .m_prompt = s->m_prompt, .exec = &s->model->exec};
 }
 
+/* The op for the parts of `from` whose weights are quantised, or for the others. */
+static void linear_of(step *s, const lco_linear_args *from, bool quantized)
+{
+    lco_linear_args args = *from;
+    args.n_parts = 0;
+    for (int p = 0; p < from->n_parts; p++)
+        if ((from->part[p].dtype == LCO_QUANTIZED) == quantized)
+            args.part[args.n_parts++] = from->part[p];
+    args.x_int8 = s->model->x_int8;
+    if (s->status == LCO_OK && s->m > 0 && args.n_parts > 0)
+        s->status = quantized ? s->model->ops->linear_quantized(&args) : s->model->ops->linear(&args);
+}
+
 /* Every part's out = x @ w^T + bias, or out += ... when `add`. */
 static void linear(step *s, const float *x, int64_t k, bool add, int n_parts, lco_linear_part first, lco_linear_part second,
                    lco_linear_part third)
@@ -124,8 +137,8 @@ static void linear(step *s, const float *x, int64_t k, bool add, int n_parts, lc
     args.part[0] = first;
     args.part[1] = second;
     args.part[2] = third;
-    if (s->status == LCO_OK && s->m > 0)
-        s->status = s->model->ops->linear(&args);
+    linear_of(s, &args, false);
+    linear_of(s, &args, true);
 }
 
 /* Rotates q and k by position and appends k and v to the cache. */
@@ -258,18 +271,23 @@ static void see_turned(const step *s, lco_tap_point point, int64_t layer, const 
     see(s, point, layer, s->b.attended);
 }
 
-/* mlp() in the steps that it is made of, to the bit, so that a tap can look between them. */
-static void seen_mlp(step *s, const lco_layer *layer, int64_t index)
+/* mlp() in the steps that it is made of, to the bit: for weights that `mlp` does not take, and so that a tap can look between them. */
+static void mlp_in_steps(step *s, const lco_layer *layer, int64_t index)
 {
     const lco_model_config *c = &s->model->config;
     const lco_linear_part none = {0};
     lco_swiglu_args args = {.out = s->b.gate, .gate = s->b.gate, .up = s->b.up, .m = s->m, .n = c->intermediate_size};
     args.exec = &s->model->exec;
     linear(s, s->b.normed, c->hidden_size, false, 2, part(s->b.gate, &layer->gate), part(s->b.up, &layer->up), none);
-    if (s->status == LCO_OK)
+    if (s->status == LCO_OK && s->m > 0)
         s->status = s->model->ops->swiglu(&args);
     see(s, LCO_TAP_DOWN_INPUT, index, s->b.gate);
     linear(s, s->b.gate, c->intermediate_size, true, 1, part(s->b.x, &layer->down), none, none);
+}
+
+static bool any_quantized(const lco_layer *layer)
+{
+    return layer->gate.dtype == LCO_QUANTIZED || layer->up.dtype == LCO_QUANTIZED || layer->down.dtype == LCO_QUANTIZED;
 }
 
 static void layer_forward(step *s, int64_t index)
@@ -298,10 +316,10 @@ static void layer_forward(step *s, int64_t index)
 
     norm(s, b->normed, b->x, layer->ffn_norm, s->m, c->hidden_size);
     see(s, LCO_TAP_MLP_INPUT, index, b->normed);
-    if (s->batch->tap == NULL)
+    if (s->batch->tap == NULL && !any_quantized(layer))
         mlp(s, layer);
     else
-        seen_mlp(s, layer, index);
+        mlp_in_steps(s, layer, index);
 }
 
 static lco_status forward(lco_model *model, lco_kv *kv, const lco_batch *batch, float *logits, lco_error *err)

@@ -79,6 +79,7 @@ lco_status lco_model_create(const lco_model_config *config, const lco_tensor *te
         status = lco_pool_create(options->threads, &model->pool, err);
     if (status != LCO_OK)
         goto fail;
+    model->x_int8 = options->x_int8;
     model->exec = (lco_exec){.pool = model->pool, .scratch = model->scratch};
     status = lco_weights_bind(model, tensors, n_tensors, err);
     if (status != LCO_OK)

@@ -35,7 +35,7 @@ typedef struct {
 /* A named array of the checkpoint. Names are Hugging Face's ("model.layers.0.self_attn.q_proj.weight"). */
 typedef struct {
     const char *name;
-    const void *data;
+    const void *data; /* of LCO_QUANTIZED: checked by lco_qweight_check_bytes, of this shape */
     lco_dtype dtype;
     int32_t rank;
     int64_t shape[4];
@@ -46,6 +46,7 @@ typedef struct lco_model lco_model;
 typedef struct {
     int threads;     /* 0: all this process may use */
     const char *isa; /* NULL: best, or LLMCOOPT_ISA */
+    bool x_int8;     /* products with quantised weights round activations to 8 bits, not 16 */
 } lco_model_options;
 
 /* Binds tensors by name and checks every shape. LCO_EFORMAT names the tensor, what was found and what was expected.

@@ -50,6 +50,8 @@ static lco_status take(binder *b, const char *name, int64_t n, int64_t k, bool o
         return optional ? LCO_OK : lco_fail(b->err, LCO_EFORMAT, "tensor '%s' is missing from the checkpoint", name);
     const lco_tensor *t = *out;
     bool fits = k == 0 ? t->rank == 1 && t->shape[0] == n : t->rank == 2 && t->shape[0] == n && t->shape[1] == k;
+    if (k == 0 && t->dtype == LCO_QUANTIZED)
+        return lco_fail(b->err, LCO_EFORMAT, "tensor '%s' is quantised, expected floats", name);
     if (fits)
         return LCO_OK;
     char found[96], wanted[64];

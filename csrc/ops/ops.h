@@ -1,7 +1,7 @@
 /* THE CONTRACT. Everything that computes implements these operators; the model above knows nothing else.
  *
  * - Activations are float32, row-major. Weights are float32, float16 or bfloat16, row-major [n, k] (a row per output), at any address that is
- *   a multiple of their element size.
+ *   a multiple of their element size; or quantised (base/qweight.h) for embed and linear_quantized, at a multiple of 64.
  * - Arguments are one zero-initialised struct per op: out, in, weights, sizes, then `exec` (threads and scratch).
  * - Shapes were checked when the model and the batch were built; ops assert, they do not check. They fail only for want of scratch (LCO_ENOMEM).
  * - The result of a row never depends on the other rows of the call nor on the number of threads: sums run in a fixed order per output.
@@ -21,7 +21,7 @@ typedef struct {
     lco_arena *scratch; /* ops take from it in the calling thread and reset to their mark before they return */
 } lco_exec;
 
-/* embed: out[i, :] = float(table[ids[i], :]).  ids in [0, n_rows). */
+/* embed: out[i, :] = float(table[ids[i], :]).  ids in [0, n_rows). The table may be quantised. */
 typedef struct {
     float *out;         /* [m, k] */
     const int32_t *ids; /* [m] */
@@ -58,10 +58,15 @@ typedef struct {
     lco_linear_part part[LCO_LINEAR_PARTS];
     int n_parts;
     bool accumulate;
+    bool x_int8;    /* linear_quantized only */
     const float *x; /* [m, k], row stride ld_x */
     int64_t m, m_prompt, k, ld_x;
     const lco_exec *exec;
 } lco_linear_args;
+
+/* linear_quantized: linear, of parts that are all LCO_QUANTIZED. Tables other than ref round x, for each row and block of inputs that share a scale,
+ * to multiples of (largest magnitude of the block) / 32639, or / 127 with x_int8, sum products exactly within a block, and blocks in float32 in their
+ * order: prompt and decode rows alike, and the same bits in all these tables. A row with a NaN or infinity gives NaN. */
 
 /* swiglu: out = silu(gate) * up, element by element; silu(z) = z / (1 + exp(-z)).  out may be gate or up. All contiguous [m, n]. */
 typedef struct {
@@ -182,6 +187,7 @@ typedef struct {
     lco_status (*embed)(const lco_embed_args *);
     lco_status (*rmsnorm)(const lco_rmsnorm_args *);
     lco_status (*linear)(const lco_linear_args *);
+    lco_status (*linear_quantized)(const lco_linear_args *);
     lco_status (*swiglu)(const lco_swiglu_args *);
     lco_status (*mlp)(const lco_mlp_args *);
     lco_status (*rope_append)(const lco_rope_append_args *);

@@ -12,6 +12,7 @@ static const lco_ops REF = {
     .embed = lco_ref_embed,
     .rmsnorm = lco_ref_rmsnorm,
     .linear = lco_ref_linear,
+    .linear_quantized = lco_ref_linear_quantized,
     .swiglu = lco_ref_swiglu,
     .mlp = lco_ref_mlp,
     .rope_append = lco_ref_rope_append,
@@ -30,6 +31,7 @@ static const lco_ops AVX2 = {
     .embed = lco_ref_embed,
     .rmsnorm = lco_avx2_rmsnorm,
     .linear = lco_avx2_linear,
+    .linear_quantized = lco_avx2_linear_quantized,
     .swiglu = lco_avx2_swiglu,
     .mlp = lco_avx2_mlp,
     .rope_append = lco_avx2_rope_append,
@@ -39,18 +41,28 @@ static const lco_ops AVX2 = {
 static const lco_ops AVX512 = {.name = "avx512",
                                .detail = "AVX-512",
                                .linear = lco_avx512_linear,
+                               .linear_quantized = lco_avx2_linear_quantized,
                                .mlp = lco_avx512_mlp,
                                .attention = lco_avx512_attention,
                                AVX512_COMMON};
+static const lco_ops AVX512_VNNI = {.name = "avx512",
+                                    .detail = "AVX-512 with VNNI",
+                                    .linear = lco_avx512_linear,
+                                    .linear_quantized = lco_avx512_linear_quantized,
+                                    .mlp = lco_avx512_mlp,
+                                    .attention = lco_avx512_attention,
+                                    AVX512_COMMON};
 static const lco_ops AVX512_BF16 = {.name = "avx512",
                                     .detail = "AVX-512 with BF16",
                                     .linear = lco_avx512_linear_bf16,
+                                    .linear_quantized = lco_avx512_linear_quantized_plain,
                                     .mlp = lco_avx512_mlp_bf16,
                                     .attention = lco_avx512_attention_shifts,
                                     AVX512_COMMON};
 static const lco_ops AMX = {.name = "amx",
                             .detail = "AVX-512, AMX with BF16 tiles",
                             .linear = lco_amx_linear,
+                            .linear_quantized = lco_amx_linear_quantized,
                             .mlp = lco_amx_mlp,
                             .attention = lco_amx_attention,
                             AVX512_COMMON};
@@ -68,8 +80,8 @@ static int usable(const lco_ops **tables)
     if (cpu.avx2)
         tables[n++] = &AVX2;
     if (cpu.avx512)
-        tables[n++] = cpu.fast_bf16 ? &AVX512_BF16 : &AVX512;
-    if (cpu.amx_bf16)
+        tables[n++] = cpu.fast_bf16 ? &AVX512_BF16 : cpu.avx512_vnni ? &AVX512_VNNI : &AVX512;
+    if (cpu.amx_bf16 && cpu.amx_int8)
         tables[n++] = &AMX;
 #endif
     return n;

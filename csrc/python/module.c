@@ -5,6 +5,7 @@
 
 #include "py_dequant.h"
 #include "py_ops.h"
+#include "py_pack.h"
 
 static const char *const ERROR_NAMES[N_STATUS] = {
     [LCO_EINVAL] = "ArgumentError",   [LCO_ENOMEM] = "OutOfMemoryError",       [LCO_EFORMAT] = "FormatError",
@@ -92,7 +93,7 @@ static int exec_module(PyObject *module)
         add_type(module, &lco_py_sequence_spec, &state->sequence_type) != 0 ||
         add_type(module, &lco_py_engine_spec, &state->engine_type) != 0)
         return -1;
-    return lco_py_add_ops(module) != 0 || lco_py_add_dequant(module) != 0 ? -1 : 0;
+    return lco_py_add_ops(module) != 0 || lco_py_add_dequant(module) != 0 || lco_py_add_pack(module) != 0 ? -1 : 0;
 }
 
 static int traverse_module(PyObject *module, visitproc visit, void *arg)

@@ -56,6 +56,37 @@ static PyObject *dequantize(PyObject *module, PyObject *args)
     return result;
 }
 
+static PyObject *block_codes(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer blocks, codes, scales, offsets;
+    int type;
+    long long rows;
+    if (!PyArg_ParseTuple(args, "y*iLw*w*z*:block_codes", &blocks, &type, &rows, &codes, &scales, &offsets))
+        return NULL;
+    PyObject *result = NULL;
+    const bool shaped = rows > 0 && codes.len % rows == 0 && scales.len % (4 * rows) == 0 && (uintptr_t)scales.buf % 4 == 0;
+    const int64_t k = shaped ? codes.len / rows : 0, groups = shaped ? scales.len / (4 * rows) : 0;
+    const bool wanted = groups > 0 && k % groups == 0 && k / groups == (type == LCO_Q6_K ? 16 : 32);
+    if (!wanted || (offsets.buf != NULL && (offsets.readonly || offsets.len != scales.len || (uintptr_t)offsets.buf % 4 != 0))) {
+        PyErr_Format(PyExc_ValueError, "%zd bytes of codes, %zd of scales and %zd of offsets do not fit %lld rows of type %d", codes.len,
+                     scales.len, offsets.buf != NULL ? offsets.len : 0, rows, type);
+    } else {
+        lco_error err;
+        lco_status status;
+        Py_BEGIN_ALLOW_THREADS status =
+            lco_block_codes(type, blocks.buf, (size_t)blocks.len, rows, k, codes.buf, scales.buf, offsets.buf, &err);
+        Py_END_ALLOW_THREADS if (status == LCO_OK) result = Py_NewRef(Py_None);
+        else PyErr_SetString(PyExc_ValueError, err.text);
+    }
+    if (offsets.buf != NULL)
+        PyBuffer_Release(&offsets);
+    PyBuffer_Release(&scales);
+    PyBuffer_Release(&codes);
+    PyBuffer_Release(&blocks);
+    return result;
+}
+
 static PyObject *convert(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -169,6 +200,10 @@ static const PyMethodDef methods[] = {
      "dequantize(blocks, type, out, dtype)\n--\n\n"
      "Decodes GGUF blocks of type number `type` into the writable buffer `out` of `dtype` ('F32', 'F16', 'BF16').\n"
      "Returns how many values the dtype cannot hold (NaN, infinite, too large). ValueError when the sizes do not fit."},
+    {"block_codes", block_codes, METH_VARARGS,
+     "block_codes(blocks, type, rows, codes, scales, offsets)\n--\n\n"
+     "The integers of GGUF blocks of `rows` rows: uint8 codes [rows, k] (of Q8_0 plus 128), float32 scales and offsets [k / group, rows];\n"
+     "offsets is None for types without. ValueError when the sizes do not fit."},
     {"convert", convert, METH_VARARGS,
      "convert(source, from_dtype, out, to_dtype)\n--\n\n"
      "Converts between 'F32', 'F16' and 'BF16', rounding to nearest even, into the writable buffer `out`.\n"

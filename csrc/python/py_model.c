@@ -3,6 +3,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../base/qweight.h"
 #include "dtypes.h"
 #include "module.h"
 #include "py_taps.h"
@@ -136,6 +137,33 @@ static int read_config(PyObject *dict, lco_model_config *config, lco_arena *aren
 
 /* ---- tensors: a list of (name, buffer, dtype, shape) ---- */
 
+/* A quantised weight: its header says the shape, which must be that of the tuple. */
+static int read_quantized(model_object *self, lco_tensor *tensor, PyObject *buffer, PyObject *shape)
+{
+    lco_error err;
+    Py_buffer *view = &self->buffers[self->n_buffers];
+    if (PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE) != 0)
+        return -1;
+    self->n_buffers++;
+    const lco_qweight *q = tensor->data = view->buf;
+    tensor->dtype = LCO_QUANTIZED;
+    tensor->rank = 2;
+    if (lco_qweight_check_bytes(q, (size_t)view->len, &err) != LCO_OK) {
+        PyErr_Format(PyExc_ValueError, "tensor '%s': %s", tensor->name, err.text);
+        return -1;
+    }
+    long long n, k;
+    if (!PyArg_ParseTuple(shape, "LL:shape", &n, &k))
+        return -1;
+    tensor->shape[0] = n;
+    tensor->shape[1] = k;
+    if (tensor->shape[0] == q->n && tensor->shape[1] == q->k)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "tensor '%s': shape [%lld, %lld] and a quantised weight of [%lld, %lld]", tensor->name, n, k,
+                 (long long)q->n, (long long)q->k);
+    return -1;
+}
+
 static int read_tensor(model_object *self, PyObject *item, lco_tensor *tensor)
 {
     PyObject *buffer, *shape;
@@ -147,11 +175,15 @@ static int read_tensor(model_object *self, PyObject *item, lco_tensor *tensor)
     if (!PyArg_ParseTuple(item, "sOsO!", &tensor->name, &buffer, &dtype, &PyTuple_Type, &shape))
         return -1;
     Py_ssize_t rank = PyTuple_Size(shape);
-    if (!lco_py_dtype(dtype, &tensor->dtype) || lco_dtype_scaled(tensor->dtype) || rank > 4) {
-        PyErr_Format(PyExc_ValueError, "tensor '%s': dtype '%s' and %zd dimensions; expected float32, float16 or bfloat16 and at most 4",
+    const bool quantized = strcmp(dtype, "quantized") == 0;
+    if (!quantized && (!lco_py_dtype(dtype, &tensor->dtype) || lco_dtype_scaled(tensor->dtype) || rank > 4)) {
+        PyErr_Format(PyExc_ValueError,
+                     "tensor '%s': dtype '%s' and %zd dimensions; expected float32, float16, bfloat16 or quantized and at most 4",
                      tensor->name, dtype, rank);
         return -1;
     }
+    if (quantized)
+        return read_quantized(self, tensor, buffer, shape);
     tensor->rank = (int32_t)rank;
     size_t bytes = lco_dtype_bytes(tensor->dtype);
     for (Py_ssize_t i = 0; i < rank; i++) {
@@ -225,12 +257,14 @@ static int model_create(model_object *self, PyObject *dict, PyObject *list, cons
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"config", "tensors", "threads", "isa", NULL};
+    static char *names[] = {"config", "tensors", "threads", "isa", "x_int8", NULL};
     PyObject *config, *tensors;
     lco_model_options options = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|iz", names, &PyDict_Type, &config, &PyList_Type, &tensors, &options.threads,
-                                     &options.isa))
+    int x_int8 = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|izp", names, &PyDict_Type, &config, &PyList_Type, &tensors, &options.threads,
+                                     &options.isa, &x_int8))
         return NULL;
+    options.x_int8 = x_int8;
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     model_object *self = (model_object *)alloc(type, 0);
     if (self == NULL)
@@ -433,7 +467,7 @@ static PyType_Slot slots[] = {
     {Py_tp_new, model_new},
     {Py_tp_dealloc, model_dealloc},
     {Py_tp_methods, methods},
-    {Py_tp_doc, "Model(config, tensors, threads=0, isa=None)\n--\n\nA model over weight buffers, which it keeps alive."},
+    {Py_tp_doc, "Model(config, tensors, threads=0, isa=None, x_int8=False)\n--\n\nA model over weight buffers, which it keeps alive."},
     {0, NULL},
 };
 

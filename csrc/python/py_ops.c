@@ -1,10 +1,52 @@
 /* One operator at a time on the caller's buffers. Everything an op only asserts is checked here, since Python reaches it. */
 #include "../base/mem.h"
+#include "../base/qweight.h"
 #include "ops_args.h"
 
 PyDoc_STRVAR(embed_doc,
              "embed(out, ids, table, dtype)\n--\n\n"
-             "out[m, k] float32 = rows ids[m] (int32) of table[n, k] (dtype: 'float32', or uint16 bits of 'float16', 'bfloat16').");
+             "out[m, k] float32 = rows ids[m] (int32) of table[n, k] (dtype: 'float32', or uint16 bits of 'float16', 'bfloat16'), or of a\n"
+             "'quantized' weight of pack_begin().");
+
+static bool check_width(int64_t found, const char *name, int64_t expected)
+{
+    if (found != expected)
+        PyErr_Format(PyExc_ValueError, "axis 1 of %s is %lld, expected %lld", name, (long long)found, (long long)expected);
+    return found == expected;
+}
+
+/* A weight matrix of any type: float rows, or the bytes of a quantised one. Its place, n and k; false with an exception. */
+typedef struct {
+    const void *data;
+    lco_dtype dtype;
+    int64_t n, k;
+} matrix;
+
+static bool take_matrix(bag *b, PyObject *object, const char *name, const char *dtype_name, matrix *out)
+{
+    const Py_buffer *v;
+    lco_error err = {0};
+    if (strcmp(dtype_name, "quantized") != 0) {
+        if (!parse_dtype(dtype_name, &out->dtype) || (v = take(b, object, name, format_of(out->dtype), 2, READ)) == NULL ||
+            !check_packed(v, name))
+            return false;
+        out->data = v->buf;
+        out->n = v->shape[0];
+        out->k = v->shape[1];
+        return true;
+    }
+    if ((v = take(b, object, name, "B", 1, READ)) == NULL)
+        return false;
+    if (lco_qweight_check_bytes(v->buf, (size_t)v->len, &err) != LCO_OK) {
+        PyErr_Format(PyExc_ValueError, "%s: %s", name, err.text);
+        return false;
+    }
+    out->data = v->buf;
+    out->dtype = LCO_QUANTIZED;
+    out->n = ((const lco_qweight *)v->buf)->n;
+    out->k = ((const lco_qweight *)v->buf)->k;
+    return true;
+}
 
 static PyObject *context_embed(PyObject *object, PyObject *args, PyObject *kw)
 {
@@ -16,23 +58,23 @@ static PyObject *context_embed(PyObject *object, PyObject *args, PyObject *kw)
     const char *dtype_name;
     lco_embed_args a = {.exec = &self->exec};
     bag b = {.n = 0};
-    const Py_buffer *out, *ids, *table;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOs:embed", (char **)names, &out_o, &ids_o, &table_o, &dtype_name) ||
-        !parse_dtype(dtype_name, &a.dtype))
+    matrix table;
+    const Py_buffer *out, *ids;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOs:embed", (char **)names, &out_o, &ids_o, &table_o, &dtype_name))
         return NULL;
     if ((out = take(&b, out_o, "out", "f", 2, WRITE)) == NULL || (ids = take(&b, ids_o, "ids", "i", 1, READ)) == NULL ||
-        (table = take(&b, table_o, "table", format_of(a.dtype), 2, READ)) == NULL || !check_axis(out, "out", 0, ids->shape[0]) ||
-        !check_axis(out, "out", 1, table->shape[1]) || !check_packed(out, "out") || !check_packed(ids, "ids") ||
-        !check_packed(table, "table"))
+        !take_matrix(&b, table_o, "table", dtype_name, &table) || !check_axis(out, "out", 0, ids->shape[0]) ||
+        !check_axis(out, "out", 1, table.k) || !check_packed(out, "out") || !check_packed(ids, "ids"))
         goto done;
     a.ids = ids->buf;
     a.m = ids->shape[0];
     for (int64_t i = 0; i < a.m; i++)
-        if (!check(a.ids[i] >= 0 && a.ids[i] < table->shape[0], "an element of ids", a.ids[i], "a row of table"))
+        if (!check(a.ids[i] >= 0 && a.ids[i] < table.n, "an element of ids", a.ids[i], "a row of table"))
             goto done;
     a.out = out->buf;
-    a.table = table->buf;
-    a.k = table->shape[1];
+    a.table = table.data;
+    a.dtype = table.dtype;
+    a.k = table.k;
     if ((state = enter(self)) != NULL)
         result = leave(self, state, self->ops->embed(&a));
 done:
@@ -73,30 +115,36 @@ done:
     return result;
 }
 
-/* One (out, w, dtype, bias or None) of linear. */
-static bool take_part(bag *b, PyObject *item, lco_linear_part *part, int64_t m, int64_t k)
+/* One (out, w, dtype, bias or None) of linear, or of linear_quantized. */
+static bool take_part(bag *b, PyObject *item, lco_linear_part *part, int64_t m, int64_t k, bool quantized)
 {
     PyObject *out_o, *w_o, *bias_o = Py_None;
     const char *dtype_name;
-    const Py_buffer *out, *w, *bias;
+    const Py_buffer *out, *bias;
+    matrix w;
     if (!PyTuple_Check(item)) {
         PyErr_SetString(PyExc_TypeError, "each part is a tuple (out, w, dtype, bias or None)");
         return false;
     }
-    if (!PyArg_ParseTuple(item, "OOs|O:part", &out_o, &w_o, &dtype_name, &bias_o) || !parse_dtype(dtype_name, &part->dtype) ||
-        (out = take(b, out_o, "out", "f", 2, WRITE)) == NULL || (w = take(b, w_o, "w", format_of(part->dtype), 2, READ)) == NULL ||
-        !check_axis(w, "w", 1, k) || !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, w->shape[0]) || !check_packed(w, "w"))
+    if (!PyArg_ParseTuple(item, "OOs|O:part", &out_o, &w_o, &dtype_name, &bias_o))
+        return false;
+    if (quantized != (strcmp(dtype_name, "quantized") == 0)) {
+        PyErr_Format(PyExc_ValueError, "dtype = '%s', expected %s", dtype_name, quantized ? "quantized" : "float32, float16 or bfloat16");
+        return false;
+    }
+    if ((out = take(b, out_o, "out", "f", 2, WRITE)) == NULL || !take_matrix(b, w_o, "w", dtype_name, &w) || !check_width(w.k, "w", k) ||
+        !check_axis(out, "out", 0, m) || !check_axis(out, "out", 1, w.n))
         return false;
     if (bias_o != Py_None) {
-        if ((bias = take(b, bias_o, "bias", "f", 1, READ)) == NULL || !check_axis(bias, "bias", 0, w->shape[0]) ||
-            !check_packed(bias, "bias"))
+        if ((bias = take(b, bias_o, "bias", "f", 1, READ)) == NULL || !check_axis(bias, "bias", 0, w.n) || !check_packed(bias, "bias"))
             return false;
         part->bias = bias->buf;
     }
     part->out = out->buf;
     part->ld_out = row_stride(out);
-    part->w = w->buf;
-    part->n = w->shape[0];
+    part->w = w.data;
+    part->dtype = w.dtype;
+    part->n = w.n;
     return true;
 }
 
@@ -104,6 +152,28 @@ PyDoc_STRVAR(linear_doc,
              "linear(x, parts, m_prompt=0, accumulate=False)\n--\n\n"
              "For each (out, w, dtype, bias or None) of parts (1 to 3): out[m, n] = x[m, k] @ w[n, k].T (+ bias[n]) (+ out when\n"
              "accumulate). x, out and bias are float32, rows of x and out may be strided; rows [0, m_prompt) are prompt rows.");
+
+/* x, the parts and the sizes of either. */
+static bool take_linear(bag *b, lco_linear_args *a, PyObject *x_o, PyObject *parts_o, long long m_prompt, int accumulate, bool quantized)
+{
+    const Py_buffer *x;
+    if ((x = take(b, x_o, "x", "f", 2, READ)) == NULL ||
+        !check(PyList_Size(parts_o) >= 1 && PyList_Size(parts_o) <= LCO_LINEAR_PARTS, "the length of parts", PyList_Size(parts_o),
+               "1 to 3") ||
+        !check(m_prompt >= 0 && m_prompt <= x->shape[0], "m_prompt", m_prompt, "0 to the rows of x"))
+        return false;
+    a->x = x->buf;
+    a->m = x->shape[0];
+    a->k = x->shape[1];
+    a->ld_x = row_stride(x);
+    a->m_prompt = m_prompt;
+    a->accumulate = accumulate;
+    a->n_parts = (int)PyList_Size(parts_o);
+    for (int p = 0; p < a->n_parts; p++)
+        if (!take_part(b, PyList_GetItem(parts_o, p), &a->part[p], a->m, a->k, quantized))
+            return false;
+    return true;
+}
 
 static PyObject *context_linear(PyObject *object, PyObject *args, PyObject *kw)
 {
@@ -116,27 +186,36 @@ static PyObject *context_linear(PyObject *object, PyObject *args, PyObject *kw)
     int accumulate = 0;
     lco_linear_args a = {.exec = &self->exec};
     bag b = {.n = 0};
-    const Py_buffer *x;
     if (!PyArg_ParseTupleAndKeywords(args, kw, "OO!|Lp:linear", (char **)names, &x_o, &PyList_Type, &parts_o, &m_prompt, &accumulate))
         return NULL;
-    if ((x = take(&b, x_o, "x", "f", 2, READ)) == NULL ||
-        !check(PyList_Size(parts_o) >= 1 && PyList_Size(parts_o) <= LCO_LINEAR_PARTS, "the length of parts", PyList_Size(parts_o),
-               "1 to 3") ||
-        !check(m_prompt >= 0 && m_prompt <= x->shape[0], "m_prompt", m_prompt, "0 to the rows of x"))
-        goto done;
-    a.x = x->buf;
-    a.m = x->shape[0];
-    a.k = x->shape[1];
-    a.ld_x = row_stride(x);
-    a.m_prompt = m_prompt;
-    a.accumulate = accumulate;
-    a.n_parts = (int)PyList_Size(parts_o);
-    for (int p = 0; p < a.n_parts; p++)
-        if (!take_part(&b, PyList_GetItem(parts_o, p), &a.part[p], a.m, a.k))
-            goto done;
-    if ((state = enter(self)) != NULL)
+    if (take_linear(&b, &a, x_o, parts_o, m_prompt, accumulate, false) && (state = enter(self)) != NULL)
         result = leave(self, state, self->ops->linear(&a));
-done:
+    bag_release(&b);
+    return result;
+}
+
+PyDoc_STRVAR(
+    linear_quantized_doc,
+    "linear_quantized(x, parts, m_prompt=0, accumulate=False, x_int8=False)\n--\n\n"
+    "linear for parts (out, w, 'quantized', bias or None), w being uint8 as pack_begin() and pack_rows() fill it. x_int8: x is rounded to\n"
+    "8 bits, in place of 16.");
+
+static PyObject *context_linear_quantized(PyObject *object, PyObject *args, PyObject *kw)
+{
+    OpContext *self = (OpContext *)object;
+    PyThreadState *state;
+    PyObject *result = NULL;
+    static const char *const names[] = {"x", "parts", "m_prompt", "accumulate", "x_int8", NULL};
+    PyObject *x_o, *parts_o;
+    long long m_prompt = 0;
+    int accumulate = 0, x_int8 = 0;
+    bag b = {.n = 0};
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO!|Lpp:linear_quantized", (char **)names, &x_o, &PyList_Type, &parts_o, &m_prompt,
+                                     &accumulate, &x_int8))
+        return NULL;
+    lco_linear_args a = {.exec = &self->exec, .x_int8 = x_int8};
+    if (take_linear(&b, &a, x_o, parts_o, m_prompt, accumulate, true) && (state = enter(self)) != NULL)
+        result = leave(self, state, self->ops->linear_quantized(&a));
     bag_release(&b);
     return result;
 }
@@ -170,11 +249,11 @@ static PyObject *context_mlp(PyObject *object, PyObject *args, PyObject *kw)
     a.in.m_prompt = a.out.m_prompt = m_prompt;
     a.in.k = x->shape[1];
     a.in.ld_x = row_stride(x);
-    if (!take_part(&b, parts[0], &a.in.part[0], a.in.m, a.in.k) || !take_part(&b, parts[1], &a.in.part[1], a.in.m, a.in.k) ||
+    if (!take_part(&b, parts[0], &a.in.part[0], a.in.m, a.in.k, false) || !take_part(&b, parts[1], &a.in.part[1], a.in.m, a.in.k, false) ||
         !check(a.in.part[1].n == a.in.part[0].n, "the width of up", a.in.part[1].n, "the width of gate") ||
         !check(a.in.part[0].ld_out == a.in.part[0].n && a.in.part[1].ld_out == a.in.part[1].n, "the width of gate", a.in.part[0].n,
                "contiguous rows of gate and up") ||
-        !take_part(&b, parts[2], &a.out.part[0], a.in.m, a.in.part[0].n))
+        !take_part(&b, parts[2], &a.out.part[0], a.in.m, a.in.part[0].n, false))
         goto done;
     a.out.x = a.in.part[0].out;
     a.out.k = a.out.ld_x = a.in.part[0].n;
@@ -274,6 +353,7 @@ static const PyMethodDef CONTEXT_METHODS[] = {
     METHOD(embed),
     METHOD(rmsnorm),
     METHOD(linear),
+    METHOD(linear_quantized),
     METHOD(swiglu),
     METHOD(mlp),
     {"rope_append", (PyCFunction)(void (*)(void))lco_py_rope_append, METH_VARARGS | METH_KEYWORDS, lco_py_rope_append_doc},

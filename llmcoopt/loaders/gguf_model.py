@@ -1,8 +1,9 @@
 """A GGUF file as a checkpoint with Hugging Face's names and layout.
 
-Three things differ from a Hugging Face folder. The config stands in the metadata. Weights may be quantised in blocks: the C core decodes
-them to 16 bit, tensor by tensor, so that no float32 copy of the model ever exists. And for the architecture `llama`, rows of the query
-and key projections are stored with the two halves of a head interleaved (rope of adjacent pairs); they are put back in order here.
+Three things differ from a Hugging Face folder. The config stands in the metadata. Weights may be quantised in blocks: the C core moves their
+codes to the layout of the kernels, or decodes them to 16 bit, tensor by tensor, so that no float32 copy of the model ever exists. And for the
+architecture `llama`, rows of the query and key projections are stored with the two halves of a head interleaved (rope of adjacent pairs); they
+are put back in order here.
 """
 
 import math
@@ -16,6 +17,7 @@ from ..config import ModelConfig, parse_config, yarn_scale
 from ..errors import FormatError, UnsupportedError
 from .checkpoint import LoadedCheckpoint, in_threads
 from .gguf import BLOCKS, GgufTensor, read_gguf
+from .packing import QUANTIZED, can_pack_gguf, layout_of, pack_gguf
 from .safetensors import BITS, WEIGHT_DTYPES, Tensor, make_tensor
 from .stored import of_gguf
 
@@ -50,8 +52,9 @@ _NEUTRAL = {
 }
 
 
-def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None) -> LoadedCheckpoint:
-    """The model in a GGUF file. Quantised tensors become `dtype` (BF16, F16 or F32); others stay as stored, without a copy where possible.
+def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None, quantized: bool = False) -> LoadedCheckpoint:
+    """The model in a GGUF file. Quantised tensors become `dtype` (BF16, F16 or F32), or, where `quantized`, stay in their bits (packing.py);
+    others stay as stored, without a copy where possible.
 
     A file without output.weight uses the embedding as output matrix; tie_word_embeddings=True always does so, False requires the tensor.
     Raises FormatError and UnsupportedError naming the file and the key or tensor."""
@@ -73,14 +76,18 @@ def load_gguf(path, dtype: str = "BF16", tie_word_embeddings: bool | None = None
         jobs.append((full_name, tensor, swapped.get(stem, 0)))
 
     def run(job):
-        return _to_tensor(path, *job, dtype)  # decoding releases the GIL
+        return _to_tensor(path, *job, dtype, quantized)  # decoding releases the GIL
 
     tensors = {}
     for tensor in in_threads(run, jobs):
         if tensor.name in tensors:
             raise FormatError(f"{path}: two tensors are '{tensor.name}'; expected one")
         tensors[tensor.name] = tensor
-    stored = {name: of_gguf(tensor.type_name, tensor.data.nbytes) for name, tensor, _ in jobs if tensor.type_name not in WEIGHT_DTYPES}
+    stored = {
+        name: of_gguf(tensor.type_name, tensor.data.nbytes, _kept(tensors[name]))
+        for name, tensor, _ in jobs
+        if tensor.type_name not in WEIGHT_DTYPES
+    }
     return LoadedCheckpoint(config, tensors, path, "gguf", path, metadata=metadata, stored=stored)
 
 
@@ -247,11 +254,22 @@ def check_type(path, tensor):
         raise UnsupportedError(f"{path}: tensor '{tensor.name}' has type {tensor.type_name}, which is not implemented; known: {known}")
 
 
-def _to_tensor(path, hf_name, tensor, heads, dtype):
-    """One weight under its Hugging Face name: as it lies in the file, or decoded to `dtype`."""
+def _kept(tensor):
+    """What a tensor of blocks became, for people."""
+    if tensor.dtype == QUANTIZED:
+        return f"{layout_of(tensor)[0]} bits"
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[tensor.dtype]
+
+
+def _to_tensor(path, hf_name, tensor, heads, dtype, quantized):
+    """One weight under its Hugging Face name: as it lies in the file, in its bits, or decoded to `dtype`."""
     data = _split_halves(path, tensor, heads) if heads else tensor.data
     if tensor.type_name in WEIGHT_DTYPES:
         return make_tensor(hf_name, tensor.type_name, tensor.shape, data, str(path))
+    if quantized and can_pack_gguf(tensor):
+        packed, lost = pack_gguf(hf_name, tensor, data, str(path))
+        if not lost:
+            return packed
     out = np.empty(math.prod(tensor.shape) * BITS[dtype] // 8, np.uint8)
     lost = dequantize(data, tensor.type, out, dtype)
     if lost:

@@ -119,17 +119,18 @@ class QuantizedWeight:
         )
 
 
-def dequantize_all(weights: list[QuantizedWeight], dtype: str) -> list[Tensor]:
-    """`dequantize` for many, on all threads, with a progress bar on a terminal when there is much to decode."""
+def with_progress(run: Callable[[QuantizedWeight, Callable[[int], None]], Tensor], weights: list[QuantizedWeight]) -> list[Tensor]:
+    """[run(weight, done) for weight in weights] on all threads, where `run` calls done(bytes of the file) as it goes, with a progress bar on a
+    terminal when there is much to read."""
     from tqdm.auto import tqdm
 
     total = sum(weight.nbytes for weight in weights)
     quiet = None if total >= PROGRESS_BYTES else True  # None: a bar on a terminal only
     lock = threading.Lock()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="decoding quantised weights", disable=quiet) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading quantised weights", disable=quiet) as bar:
 
         def done(nbytes):
             with lock:
                 bar.update(nbytes)
 
-        return in_threads(lambda weight: weight.dequantize(dtype, done), weights)
+        return in_threads(lambda weight: run(weight, done), weights)

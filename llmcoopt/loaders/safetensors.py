@@ -65,6 +65,20 @@ def map_file(path) -> np.ndarray:
         raise MissingFileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def release_pages(data: np.ndarray) -> None:
+    """Lets the system forget which pages of `data`, part of a mapped file, this process has read; they are read again when they are asked for.
+    Without this a file that is read once would count as memory of the process. Arrays that are no part of a mapping are left alone."""
+    owner = data
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, mmap.mmap):
+        return
+    offset = data.ctypes.data - np.frombuffer(owner, np.uint8, 1).ctypes.data
+    begin, end = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        owner.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
 def looks_like(start: bytes) -> str | None:
     """What a file that is no model file seems to be, in words that end a sentence; None when unknown."""
     text = start[:512].lstrip().lower()

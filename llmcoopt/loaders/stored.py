@@ -1,4 +1,4 @@
-"""How a file holds its weights: bits, groups and bytes of every module, for people."""
+"""How a file holds its weights and how memory does: bits, groups and bytes of every module, for people."""
 
 import re
 from collections.abc import Iterable
@@ -19,10 +19,11 @@ class Stored:
     group_size: int | None = None  # inputs that share a scale
     order: str | None = None  # "in order" or "act-order"
     zeros: str | None = None  # "symmetric" or "asymmetric"
+    kept: str | None = None  # in memory, where that is not as in the file: "4 bits", "bfloat16 (groups of 12, expected a multiple of 8)"
 
 
-def of_gguf(type_name: str, nbytes: int) -> Stored:
-    return Stored(type_name, int(type_name[1]), nbytes, GGUF_GROUPS[type_name], "in order")
+def of_gguf(type_name: str, nbytes: int, kept: str) -> Stored:
+    return Stored(type_name, int(type_name[1]), nbytes, GGUF_GROUPS[type_name], "in order", kept=kept)
 
 
 def of_quantized(weight) -> Stored:
@@ -33,22 +34,25 @@ def of_quantized(weight) -> Stored:
 
 def summary(tensors: Iterable[Tensor], stored: dict[str, Stored]) -> list[dict]:
     """One row for the matrices of the same place in all layers that are stored alike: their names with '*' for the layer, how many, the facts
-    of Stored, and the bytes of all together."""
+    of Stored, and the bytes of all together: in the file, and in memory."""
     rows = {}
     for tensor in tensors:
         if len(tensor.shape) != 2:
             continue
         facts = stored.get(tensor.name) or Stored(tensor.dtype, BITS[tensor.dtype], tensor.nbytes)
         name = re.sub(r"\.[0-9]+\.", ".*.", tensor.name.removesuffix(".weight"))
-        row = rows.setdefault((name, *astuple(facts)[:2], *astuple(facts)[3:]), {"modules": name, "count": 0, "bytes": 0})
+        row = rows.setdefault((name, *astuple(facts)[:2], *astuple(facts)[3:]), {"modules": name, "count": 0, "bytes": 0, "memory": 0})
         row["count"] += 1
         row["bytes"] += facts.nbytes
+        row["memory"] += tensor.nbytes
         row |= {"format": facts.format, "bits": facts.bits, "group_size": facts.group_size, "order": facts.order, "zeros": facts.zeros}
+        row["kept"] = facts.kept
     return list(rows.values())
 
 
-def row_text(row: dict, size: str) -> str:
-    """A row of `summary` in words; `size`: its bytes, in words."""
+def row_text(row: dict, size: str, memory: str) -> str:
+    """A row of `summary` in words; `size` and `memory`: its bytes in the file and in memory, in words."""
     coded = [f"{row['bits']} bits", f"groups of {row['group_size']} {row['order']}"] if row["group_size"] else []
     zeros = [row["zeros"]] if row["zeros"] else []
-    return ", ".join([f"{row['count']} x {row['modules']}", row["format"], *coded, *zeros, size])
+    kept = [f"kept as {row['kept']}, {memory}"] if row["kept"] else []
+    return ", ".join([f"{row['count']} x {row['modules']}", row["format"], *coded, *zeros, size, *kept])

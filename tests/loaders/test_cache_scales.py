@@ -146,7 +146,7 @@ def test_bad_options(tmp_path):
             ({"dtype": "int8"}, "for layers of fp8_e4m3, .* found int8"),
             ({"dtype": "auto"}, "for layers of fp8_e4m3, .* found float32"),
             ({"dtype": {"default": "fp8", 1: "fp8_e5m2"}}, "found fp8_e5m2"),
-            ({"calibration": prompt(50)}, "calibration: kv_scales is 'checkpoint'"),
+            ({"dtype": "auto", "calibration": prompt(50)}, "calibration: kv_scales is 'checkpoint'"),
         ):
             with pytest.raises(ArgumentError, match=text):
                 llmcoopt.KVCache(model, kv_scales="checkpoint", **how)

@@ -12,7 +12,11 @@
 #define TILE_STRIDE (TILE * 4)
 #define FENCE() __asm__ volatile("" ::: "memory")
 
-static inline void tiles_begin(void)
+typedef struct {
+    int rows, row_bytes;
+} tile_shape;
+
+static inline void tiles_configure(const tile_shape shapes[8])
 {
     struct {
         uint8_t palette, start_row, reserved[14];
@@ -21,12 +25,20 @@ static inline void tiles_begin(void)
     } config = {.palette = 1};
     _Static_assert(sizeof config == 64, "ldtilecfg reads 64 bytes");
     for (int i = 0; i < 8; i++) {
-        config.row_bytes[i] = TILE_STRIDE;
-        config.rows[i] = TILE;
+        config.row_bytes[i] = (uint16_t)shapes[i].row_bytes;
+        config.rows[i] = (uint8_t)shapes[i].rows;
     }
     FENCE();
     _tile_loadconfig(&config);
     FENCE();
+}
+
+/* All tiles 16 rows of 64 bytes. */
+static inline void tiles_begin(void)
+{
+    const tile_shape whole = {TILE, TILE_STRIDE};
+    const tile_shape shapes[8] = {whole, whole, whole, whole, whole, whole, whole, whole};
+    tiles_configure(shapes);
 }
 
 static inline void tiles_end(void) { _tile_release(); }

@@ -63,6 +63,7 @@ static norm run_norm(const lco_choose_pages_args *a, const float *q, const key_r
         run_scores(a, q, run, LCO_F16, scores);
         break;
     case LCO_F32:
+    case LCO_QUANTIZED: /* never: of weights only */
         run_scores(a, q, run, LCO_F32, scores);
         break;
     }
