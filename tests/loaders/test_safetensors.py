@@ -4,12 +4,13 @@ import gzip
 import json
 import pickle
 
+import checkpoints
 import numpy as np
 import pytest
 from writers import entry, raw_safetensors
 
 from llmcoopt.errors import Error, FormatError, MissingFileError
-from llmcoopt.loaders.safetensors import read_safetensors
+from llmcoopt.loaders.safetensors import read_safetensors, release_pages
 
 TWO = {"a": entry("F32", [2, 3], 0, 24), "b": entry("BF16", [4], 24, 32)}
 
@@ -165,3 +166,13 @@ def test_missing_and_unreadable(tmp_path):
     with pytest.raises(MissingFileError, match="cannot be read"):
         read_safetensors(tmp_path)
     assert issubclass(MissingFileError, FileNotFoundError) and issubclass(FormatError, ValueError) and issubclass(FormatError, Error)
+
+
+def test_pages_that_are_released_are_read_again(tmp_path):
+    """Parts of a mapped file keep their bytes; arrays in memory are left alone."""
+    values = np.random.default_rng(0).standard_normal((300, 1000)).astype(np.float32)
+    checkpoints.write_safetensors(tmp_path / "x.safetensors", {"a": values, "b": values + 1})
+    tensors, _ = read_safetensors(tmp_path / "x.safetensors")
+    for data in (tensors["a"].data, tensors["b"].data[5:], tensors["a"].data.view(np.float32), values):
+        release_pages(data)
+    assert np.array_equal(tensors["a"].numpy(), values) and np.array_equal(tensors["b"].numpy(), values + 1)
