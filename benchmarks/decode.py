@@ -1,7 +1,7 @@
 """Whole steps of a model: prompt tokens per second and the share of the machine's arithmetic they reach, milliseconds a decode step (median and
 95th percentile) and the share of the read bandwidth, and what the engine and the sampler cost.
 
-`python benchmarks/decode.py` times models with random bfloat16 weights in the shapes below; a folder or .gguf file times that model instead.
+`python benchmarks/decode.py` times models with random bfloat16 weights in shapes of random_models.py; a folder or .gguf file times that model.
 A decode step must read every weight matrix once (of the embedding only rows, unless it is the head too) and the cache of every sequence; the
 share is these bytes over the step time, divided by the read bandwidth (roofline.py). Machines are noisy, so steps and probes of the machine
 alternate: every few steps the bandwidth is measured again, the arithmetic before and after every prompt (a prompt's share is of the mean of
