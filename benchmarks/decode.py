@@ -161,7 +161,7 @@ def bench(path, name: str, isa: str | None, options: argparse.Namespace) -> list
     """Rows of one model on one instruction set, printed as they come."""
     sampling = {} if options.temperature is None else {"temperature": options.temperature, "top_p": 0.95, "seed": 1}
     rows = []
-    with llmcoopt.Model.from_pretrained(path, isa=isa, threads=options.threads) as model:
+    with llmcoopt.Model.from_pretrained(path, isa=isa, threads=options.threads, weights=options.weights) as model:
         model.forward(list(range(8)), last_only=True)  # maps the file, grows the scratch
         probe = Probe(model)
         prompts = time_prompts(model, options.prompt, probe)
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--weights", default="auto", help="dequantized: quantised weights are decoded to 16 bit")
     parser.add_argument("--temperature", type=float, help="sample with it and top_p 0.95 (default: greedy)")
     parser.add_argument("--csv", type=Path, help="file to write (default: results/decode_<date>.csv)")
     options = parser.parse_args()

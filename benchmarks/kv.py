@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from decode import SHAPES, write_model
 from ops import Bench, Shape, measure
+from random_models import SHAPES, write_folder
 from table import write_csv
 
 import llmcoopt
@@ -38,7 +38,7 @@ def median_of(call, repeats: int = 21) -> float:
 
 
 def load(folder: Path, shape: tuple, positions: int = 8192) -> llmcoopt.Model:
-    write_model(folder, shape)
+    write_folder(folder, shape)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
     return llmcoopt.Model.from_pretrained(folder)
