@@ -102,7 +102,7 @@ def save(cache, sequences, path) -> None:
 
 
 class CacheFile:
-    """An opened file: `about` it, checked but for its pages, which are checked as they are read."""
+    """An opened file: `about` it, checked but for its pages, which are checked as they are read. options: of a cache like the one that was saved."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -117,6 +117,13 @@ class CacheFile:
             names = [f"{part}.{i}" for i in range(count) for part in ("ids", "table", "tail")] + ["firsts"]
             raw = {name: np.frombuffer(tensors[name].data, np.uint8).tobytes() for name in names}
             rest = metadata["about"].encode() + b"".join(raw.values())
+            names = ("page_size", "write_buffer", "sink_length", "turn_keys", "kv_scales")
+            self.options = {name: self.about[name] for name in names} | {"residual_length": self.about["residual_length"] or None}
+            self.options |= {
+                "dtype": self.about["dtypes"],
+                "attention_window": self.about["window"],
+                "attention_sinks": self.about["sinks"],
+            }
             self.pages = np.frombuffer(tensors["pages"].data, np.uint8).reshape(-1, size)
             self.checks = np.frombuffer(np.frombuffer(tensors["crc32"].data, np.uint8).tobytes(), np.uint32)
             self.images = [tuple(int(np.int64(n)) for n in s) for s in self.about["sequences"]]

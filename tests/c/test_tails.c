@@ -291,6 +291,7 @@ static void stretches_fit_pages(void)
         {64, 64, 17, true, "sink_length = 17|0 to 16"},
         {64, 64, -1, true, "sink_length = -1"},
         {64, 0, 4, false, "sink_length = 4|write_buffer"},
+        {64, 64, 0, false, "residual_length = 64|write_buffer"},
     };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         lco_kv_options options = options_of(LCO_I8, 320, wrong[i].residual, wrong[i].n_first);

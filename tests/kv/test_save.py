@@ -275,6 +275,22 @@ def test_files_made_to_harm(model, tmp_path, edit, text):
         assert cache.stats()["sequences"] == 1
 
 
+@pytest.mark.parametrize("options", [{"residual_length": 16, "sink_length": 9}, {"write_buffer": False}, {"dtype": "bfloat16"}])
+def test_caches_made_by_files(model, tmp_path, options):
+    with llmcoopt.KVCache(model, **{"page_size": np.int64(32), "max_tokens": np.int64(640)} | options) as cache:
+        sequence = cache.sequence()
+        model.forward(IDS[:40], sequence)
+        cache.save(tmp_path / "a")
+        expected = goes_on(model, sequence)
+    again, (sequence,) = llmcoopt.KVCache.from_file(model, tmp_path / "a")
+    with again:
+        assert all(getattr(again, name) == getattr(cache, name) for name in ("residual_length", "sink_length", "write_buffer", "page_size"))
+        assert np.array_equal(goes_on(model, sequence), expected)
+    rewritten(tmp_path / "a", tmp_path / "b", lambda about, tensors: about.pop("sink_length"))
+    with pytest.raises(FormatError, match=r"its parts are not those of a saved cache .KeyError: 'sink_length'"):
+        llmcoopt.KVCache.from_file(model, tmp_path / "b")
+
+
 def test_nothing_half_written(model, saved, tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(b"before")
