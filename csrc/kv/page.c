@@ -295,7 +295,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
         s.sequences++;
         s.tokens_held += seq->length;
-        s.tail_bytes += ((seq->tail != NULL) + (seq->next_tail != NULL)) * (int64_t)kv->tail_bytes;
+        s.tail_bytes += ((seq->tail != NULL) + (seq->next_tail != NULL) + (seq->held != NULL)) * (int64_t)kv->tail_bytes;
     }
     return s;
 }
