@@ -274,11 +274,17 @@ static void tails_are_counted(void)
     CHECK(lco_seq_tail(fork) != lco_seq_tail(m.seq), "a tail is shared");
     append(kv, &m, 31, &s);
     CHECK(m.n % 32 == 0, "%lld", (long long)m.n);
+    lco_seq *empty;
+    CHECK_OK(lco_seq_fork(m.seq, &empty, &check_err));
+    CHECK(lco_seq_tail(empty) == NULL, "a fork at a stretch's end has nothing in a tail");
+    lco_seq_destroy(empty);
     CHECK_OK(lco_seq_reserve(m.seq, 40, &check_err));
     CHECK_OK(lco_seq_open(m.seq, 40, &check_err));
     CHECK(lco_seq_next_tail(m.seq) == lco_seq_tail(m.seq), "nothing is in the tail that the next stretch may not take");
     CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(2 * bytes), "%lld", (long long)lco_kv_get_stats(kv).tail_bytes);
     CHECK(lco_kv_get_stats(kv).first_bytes == (int64_t)(lco_first_bytes(views) * LAYERS), "of one page");
+    CHECK_OK(lco_seq_hold(fork, 30, &check_err));
+    CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(2 * bytes), "nothing is held for tokens that stay in the stretch");
     CHECK_OK(lco_seq_hold(fork, 31, &check_err));
     CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(3 * bytes), "what is held for going back is counted too");
     lco_kv_destroy(kv);
