@@ -101,23 +101,24 @@ class KVCache:
                 turn_keys=turn_keys,
                 residual_length=residual_length,
                 sink_length=sink_length,
+                page_size=page_size,
             )
             dtype = self.choice.dtypes
         self.layer_dtypes = layer_types(dtype, model.config.num_hidden_layers, model.dtype)
         self.dtype = max(self.layer_dtypes, key=self.layer_dtypes.count)
         if max_tokens is None:
             max_tokens = _default_tokens(model.config, self.layer_dtypes)
+        max_tokens, self.page_size = _whole("max_tokens", max_tokens, 1), _whole("page_size", page_size, 16, 512)
         self.kv_scales = kv_scales
         scales = checkpoint_scales(model, self.layer_dtypes, kv_scales)
         coded = any(name in SCALED for name in self.layer_dtypes)
         self.write_buffer = bool(write_buffer) and coded
-        residual = 0 if residual_length is None else _whole("residual_length", residual_length, 0)
-        sinks = SINK_LENGTH * bool(write_buffer) if sink_length is None else _whole("sink_length", sink_length, 0)
+        residual = 0 if residual_length is None else _whole("residual_length", residual_length, 16, 64)
+        sinks = SINK_LENGTH * bool(write_buffer) if sink_length is None else _whole("sink_length", sink_length, 0, 16)
         self.sink_length = sinks if coded else 0
         if host_bytes is None and spill_path is not None:
             host_bytes = _limits.memory_bytes() // 2
-        if host_bytes is not None and (isinstance(host_bytes, bool) or not isinstance(host_bytes, int | np.integer) or host_bytes < 1):
-            raise ArgumentError(f"host_bytes = {host_bytes!r}, expected None or a whole number of bytes")
+        host_bytes = None if host_bytes is None else _whole("host_bytes", host_bytes, 1)
         path = os.fspath(spill_path) if spill_path is not None else None
         self.host_bytes, self.spill_path = host_bytes, spill_path
         self.attention_window = None if attention_window is None else _whole("attention_window", attention_window, 1)
@@ -129,18 +130,17 @@ class KVCache:
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._numbers = itertools.count()
         self._core = _core.KVCache(
-            *(model._core, self.dtype, page_size, max_tokens, self.write_buffer, int(host_bytes or 0), path, self.prefix_cache),
+            *(model._core, self.dtype, self.page_size, max_tokens, self.write_buffer, host_bytes or 0, path, self.prefix_cache),
             turn_keys=self.turn_keys,
             layer_dtypes=list(self.layer_dtypes),
             fixed_scales=scales,
             window=self.attention_window or 0,
             sinks=self.attention_sinks,
             page_tolerance=self.page_tolerance,
-            residual=residual,
+            residual=residual if coded else 0,
             n_first=self.sink_length,
         )
         self.residual_length, self._first_bytes = self._core.buffer()
-        self.page_size = page_size
         model._caches.add(self)
 
     def sequence(self) -> "Sequence":
@@ -199,10 +199,7 @@ class KVCache:
         from .cache_file import CacheFile
 
         file = CacheFile(path)
-        about = file.about
-        kept = {name: about[name] for name in ("page_size", "write_buffer", "residual_length", "sink_length", "turn_keys", "kv_scales")}
-        kept |= {"dtype": about["dtypes"], "attention_window": about["window"], "attention_sinks": about["sinks"]}
-        cache = cls(model, **(kept | options))
+        cache = cls(model, **(file.options | options))
         try:
             return cache, [Sequence(cache, core) for core in file.load(cache)]
         except BaseException:
@@ -344,9 +341,9 @@ def of_model(item, kind: type, model, what: str):
     return item
 
 
-def _whole(name: str, value, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ArgumentError(f"{name} = {value!r}, expected a whole number of at least {least}")
+def _whole(name: str, value, least: int, most: int = 2**63 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
+        raise ArgumentError(f"{name} = {value!r}, expected a whole number from {least} to {most}")
     return int(value)
 
 

@@ -102,7 +102,7 @@ def save(cache, sequences, path) -> None:
 
 
 class CacheFile:
-    """An opened file: `about` it, checked but for its pages, which are checked as they are read."""
+    """An opened file: `about` it, checked but for its pages, which are checked as they are read. options: of a cache like the one that was saved."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -117,15 +117,24 @@ class CacheFile:
             names = [f"{part}.{i}" for i in range(count) for part in ("ids", "table", "tail")] + ["firsts"]
             raw = {name: np.frombuffer(tensors[name].data, np.uint8).tobytes() for name in names}
             rest = metadata["about"].encode() + b"".join(raw.values())
+            names = ("page_size", "write_buffer", "sink_length", "turn_keys", "kv_scales")
+            self.options = {name: self.about[name] for name in names} | {"residual_length": self.about["residual_length"] or None}
+            self.options |= {
+                "dtype": self.about["dtypes"],
+                "attention_window": self.about["window"],
+                "attention_sinks": self.about["sinks"],
+            }
             self.pages = np.frombuffer(tensors["pages"].data, np.uint8).reshape(-1, size)
             self.checks = np.frombuffer(np.frombuffer(tensors["crc32"].data, np.uint8).tobytes(), np.uint32)
-            self.images = [tuple(int(n) for n in s) for s in self.about["sequences"]]
+            self.images = [tuple(int(np.int64(n)) for n in s) for s in self.about["sequences"]]
             self.firsts = raw["firsts"]
-            self.parts = [tuple(raw[f"{part}.{i}"] for part in ("ids", "table", "tail")) for i in range(count)]
-            whole = len(self.checks) == len(self.pages) and all(len(image) == 3 for image in self.images)
-        except (KeyError, ValueError, TypeError) as error:
+            ids, tables = ([np.frombuffer(raw[f"{part}.{i}"], np.int32) for i in range(count)] for part in ("ids", "table"))
+            self.parts = [(ids[i], tables[i], raw[f"tail.{i}"]) for i in range(count)]
+            if len(self.checks) != len(self.pages) or any(len(image) != 3 for image in self.images):
+                raise ValueError(f"{len(self.checks)} checksums of {len(self.pages)} pages, sequences {self.images}")
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise FormatError(f"{self.path}: its parts are not those of a saved cache ({type(error).__name__}: {error})") from error
-        if not whole or f"{zlib.crc32(rest):08x}" != metadata.get("crc32"):
+        if f"{zlib.crc32(rest):08x}" != metadata.get("crc32"):
             raise FormatError(
                 f"{self.path}: damaged: the checksum of its tables is {zlib.crc32(rest):08x}, expected {metadata.get('crc32')}"
             )
@@ -147,10 +156,10 @@ class CacheFile:
                 if zlib.crc32(page) != self.checks[i]:
                     raise FormatError(f"{self.path}: page {i} is damaged{self._whose(i)}: its checksum is not {self.checks[i]:08x}")
                 numbers.append(core.page_in(page))
-            tables = [np.frombuffer(table, np.int32) for _, table, _ in self.parts]
+            tables = [table for _, table, _ in self.parts]
             for rows in tables:
                 if len(rows) and not (rows.min() >= -1 and rows.max() < len(numbers)):
-                    raise FormatError(f"{self.path}: a table names page {rows.max()} of {len(numbers)}")
+                    raise FormatError(f"{self.path}: a table names pages {rows.min()} to {rows.max()} of {len(numbers)}")
             beginnings, each = _beginnings(tables), cache._first_bytes
             if len(self.firsts) != len(beginnings) * each:
                 raise FormatError(
@@ -172,7 +181,7 @@ class CacheFile:
 
     def _whose(self, page) -> str:
         for i, (_, table, _) in enumerate(self.parts):
-            at = np.flatnonzero(np.frombuffer(table, np.int32) == page)
+            at = np.flatnonzero(table == page)
             if len(at):
                 first = int(at[0]) * self.about["page_size"]
                 return f" (tokens {first} to {first + self.about['page_size'] - 1} of sequence {i})"

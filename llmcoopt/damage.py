@@ -17,7 +17,6 @@ from .tokenizer import Tokenizer
 
 BLOCK = 16  # tokens that share a scale (csrc/base/formats.h)
 ROOM = 1 << 30  # bytes of queries, keys and values held at once; a text runs again for the layers that do not fit
-PAGE = 512  # tokens of the pages that the report makes for itself
 # What is larger than the first would be rounded to more than the largest code; codes below the second have fewer bits of precision.
 RANGES = {"float16": (65520.0, 2.0**-14), "fp8_e4m3": (464.0, 2.0**-6), "fp8_e5m2": (61440.0, 2.0**-14), "int8": (127.5, 0.0)}
 ERRORS = {"key_error": "K", "value_error": "V", "attention_error": "attention"}
@@ -204,6 +203,7 @@ def cache_report(
     kv_scales: str = "block",
     residual_length: int | None = None,
     sink_length: int | None = None,
+    page_size: int = 64,
     progress: bool = True,
 ) -> KVCacheReport:
     """Measures what a cache of these element types does to keys, values and attention, layer by layer and head by head.
@@ -216,7 +216,7 @@ def cache_report(
         dtype: as in KVCache: a name, a list of a name for each layer, or a dict.
         tokenizer: for strings; None: the model's own.
         window: tokens that see each other; longer texts are cut. None: 2,048 or the model's context.
-        write_buffer, turn_keys, kv_scales, residual_length, sink_length: as in KVCache.
+        write_buffer, turn_keys, kv_scales, residual_length, sink_length, page_size: as in KVCache.
         progress: a bar on stderr.
 
     Raises ArgumentError, and NumericError when keys or values are NaN or infinite.
@@ -225,9 +225,9 @@ def cache_report(
     windows = text_windows(model, texts, tokenizer, window)
     config, context, sums = model.config, _core.OpContext(model.isa, model.threads), {}
     scales = checkpoint_scales(model, types, kv_scales)
-    buffer = {"write_buffer": write_buffer, "residual_length": residual_length, "sink_length": sink_length}
+    buffer = {"write_buffer": write_buffer, "residual_length": residual_length, "sink_length": sink_length, "page_size": page_size}
     with KVCache(model, list(types), max_tokens=1, **buffer) as cache:
-        per_token, buffer = cache.stats()["bytes_per_token"], (cache.residual_length, cache.sink_length)
+        per_token, buffer = cache.stats()["bytes_per_token"], (page_size, cache.residual_length, cache.sink_length)
     row = 4 * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
     for ids in tqdm(windows, "cache report", unit="text", disable=not progress):
         at_once = max(1, ROOM // (row * len(ids)))
@@ -279,12 +279,12 @@ class _Layer:
 class _Pages:
     """The pages of one layer of one text, as csrc/base/formats.h lays them out."""
 
-    def __init__(self, config, dtype, tokens, residual, sinks):
-        self.config, self.dtype = config, dtype
+    def __init__(self, config, dtype, tokens, page_size, residual, sinks):
+        self.config, self.dtype, self.page_size = config, dtype, page_size
         heads, d = config.num_key_value_heads, config.head_dim
-        self.n = -(-tokens // PAGE)
-        self.codes = 2 * heads * PAGE * d * BYTES[dtype]
-        self.scales = 2 * heads * (PAGE // BLOCK) * 4 if dtype in SCALED else 0
+        self.n = -(-tokens // page_size)
+        self.codes = 2 * heads * page_size * d * BYTES[dtype]
+        self.scales = 2 * heads * (page_size // BLOCK) * 4 if dtype in SCALED else 0
         self.data = np.zeros(self.n * (-(-(self.codes + self.scales) // 64) * 64), np.uint8)
         self.residual, row = residual if dtype in SCALED else 0, 2 * 2 * heads * d
         self.tail, self.firsts = self.residual * row, np.zeros((self.n, sinks * row), np.uint8)
@@ -295,7 +295,7 @@ class _Pages:
         n, c, d = len(q), self.config, self.config.head_dim
         tails = [np.zeros(size * self.tail, np.uint8) for size in (1, 1, -(-n // self.residual))] if self.tail else []
         items = [(np.arange(self.n, dtype=np.int32), 0, n, 0, True, *tails)]
-        where = {"cache": self.data, "dtype": self.dtype, "page_size": PAGE, "n_layers": 1, "layer": 0, "items": items}
+        where = {"cache": self.data, "dtype": self.dtype, "page_size": self.page_size, "n_layers": 1, "layer": 0, "items": items}
         where |= {"buffer": (self.residual, self.firsts)} if tails else {}
         still, out = (np.ones((n, d // 2), np.float32), np.zeros((n, d // 2), np.float32)), np.empty_like(q)
         q, k = q.copy(), k.copy()
@@ -308,7 +308,12 @@ class _Pages:
         """(values, scales) of the first tokens' keys (0) or values (1): float32 [tokens, kv heads, head_dim] and [tokens, kv heads, 1]."""
         heads, d = self.config.num_key_value_heads, self.config.head_dim
         pages = self.data.reshape(self.n, -1)
-        codes = pages[:, : self.codes].reshape(self.n, 2, heads, PAGE, -1)[:, which].swapaxes(1, 2).reshape(self.n * PAGE, heads, -1)
+        codes = (
+            pages[:, : self.codes]
+            .reshape(self.n, 2, heads, self.page_size, -1)[:, which]
+            .swapaxes(1, 2)
+            .reshape(-1, heads, d * BYTES[self.dtype])
+        )
         scales = np.ones((tokens, heads, 1), np.float32)
         if self.scales:
             blocks = np.ascontiguousarray(pages[:, self.codes : self.codes + self.scales]).view(np.float32)

@@ -103,6 +103,7 @@ def choose_cache_dtype(
     turn_keys: bool = True,
     residual_length: int | None = None,
     sink_length: int | None = None,
+    page_size: int = 64,
     progress: bool = True,
 ) -> CacheChoice:
     """Chooses the element type of each layer: `base`, but `keep` in the most sensitive layers, as few as bring the damage within the tolerance.
@@ -119,7 +120,7 @@ def choose_cache_dtype(
         window: tokens that see each other; longer texts are cut. None: 1,024 or the model's context. The logits of a window are held in memory.
         rank_by: "damage" measures each layer alone on the first 1,024 tokens, which takes as many runs as there are layers; "attention" takes the
             error of attention output of `cache_report`, one run, and may keep some layers more.
-        write_buffer, turn_keys, residual_length, sink_length: as in KVCache.
+        write_buffer, turn_keys, residual_length, sink_length, page_size: as in KVCache.
         progress: a bar on stderr.
 
     Raises ArgumentError, and NumericError when logits, keys or values are NaN.
@@ -131,7 +132,8 @@ def choose_cache_dtype(
     if rank_by not in ("damage", "attention"):
         raise ArgumentError(f"rank_by = {rank_by!r}, expected 'damage' or 'attention'")
     windows = text_windows(model, texts, tokenizer, min(WINDOW, model.config.max_positions) if window is None else window)
-    how = {"write_buffer": write_buffer, "turn_keys": turn_keys, "residual_length": residual_length, "sink_length": sink_length}
+    how = {"write_buffer": write_buffer, "turn_keys": turn_keys, "page_size": page_size}
+    how |= {"residual_length": residual_length, "sink_length": sink_length}
     report = cache_report(model, windows, base, window=max(map(len, windows)), **how, progress=progress)
 
     def types(kept):

@@ -1,5 +1,6 @@
 /* What the keys of a full page are between, for choose_pages: computed once, when the page becomes full, and kept apart from it in address space of
- * its own, which takes memory as it is written. The pages that become full later write them anew, so what a recycled page had is never read. */
+ * its own, which takes memory as it is written. The pages that become full later write them anew, so what a recycled page had is never read.
+ * They are of the keys as codes; the first few of a text, which are read in 16 bit, lie in a page that is never left out (ops/choice.h). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <math.h>
@@ -23,9 +24,9 @@ static uint16_t *head_bounds(const lco_kv *kv, const lco_kv_view *view, int64_t 
     return kv->bounds + (lco_kv_bounds(view, page, head) - kv->bounds);
 }
 
-static void bound_head(const lco_kv *kv, const lco_kv_view *view, int64_t page, int64_t head, float *low, float *high, uint16_t *out)
+static void bound_head(const lco_kv_view *view, int64_t page, int64_t head, float *low, float *high, uint16_t *out)
 {
-    const int64_t d = view->head_dim, n_first = kv->begins[page] ? view->n_first : 0;
+    const int64_t d = view->head_dim;
     const uint8_t *codes = lco_kv_codes(view, page, LCO_KEY, head);
     bool finite = true;
     for (int64_t j = 0; j < d; j++) {
@@ -36,9 +37,7 @@ static void bound_head(const lco_kv *kv, const lco_kv_view *view, int64_t page, 
         const uint8_t *row = codes + (size_t)(t * d) * lco_dtype_bytes(view->dtype);
         const float scale = lco_dtype_scaled(view->dtype) ? lco_kv_scales(view, page, LCO_KEY, head)[t / LCO_KV_BLOCK] : 1;
         for (int64_t j = 0; j < d; j++) {
-            const float x = t < n_first                     ? lco_bf16_to_f32(lco_first_rows(view, page, LCO_KEY, head)[t * d + j])
-                            : lco_dtype_scaled(view->dtype) ? lco_decode(row[j], view->dtype) * scale
-                                                            : lco_element(row, j, view->dtype);
+            const float x = lco_dtype_scaled(view->dtype) ? lco_decode(row[j], view->dtype) * scale : lco_element(row, j, view->dtype);
             finite &= isfinite(x);
             low[j] = x < low[j] ? x : low[j];
             high[j] = x > high[j] ? x : high[j];
@@ -88,7 +87,7 @@ void lco_bounds_page(lco_kv *kv, int64_t page)
         return;
     for (int32_t i = 0; i < kv->options.n_layers; i++)
         for (int64_t head = 0; head < kv->options.n_kv_heads; head++)
-            bound_head(kv, &kv->views[i], page, head, kv->bounds_row, kv->bounds_row + kv->options.head_dim,
+            bound_head(&kv->views[i], page, head, kv->bounds_row, kv->bounds_row + kv->options.head_dim,
                        head_bounds(kv, &kv->views[i], page, head));
 }
 
@@ -103,7 +102,7 @@ bool lco_bounds_sound(const lco_kv *kv, const lco_seq *seq, int64_t *bad)
             if (lco_kv_away(view, page))
                 continue;
             uint16_t *expected = (uint16_t *)(void *)(kv->bounds_row + 2 * d);
-            bound_head(kv, view, page, head, kv->bounds_row, kv->bounds_row + d, expected);
+            bound_head(view, page, head, kv->bounds_row, kv->bounds_row + d, expected);
             *bad = page;
             if (memcmp(expected, lco_kv_bounds(view, page, head), (size_t)(2 * d) * sizeof *expected) != 0)
                 return false;

@@ -34,10 +34,11 @@ static lco_status check_options(const lco_kv_options *o, lco_error *err)
 /* The tokens of a stretch, in options that are the cache's own. */
 static lco_status check_buffer(lco_kv_options *o, lco_error *err)
 {
-    if (!o->write_buffer) {
-        o->residual = 0;
-        return o->n_first == 0 ? LCO_OK : lco_fail(err, LCO_EINVAL, "sink_length = %d without a write_buffer, expected 0", o->n_first);
-    }
+    if (!o->write_buffer && o->residual == 0 && o->n_first == 0)
+        return LCO_OK;
+    if (!o->write_buffer)
+        return lco_fail(err, LCO_EINVAL, "residual_length = %d and sink_length = %d without a write_buffer, expected none", o->residual,
+                        o->n_first);
     for (int32_t n = LCO_KV_MOST_RESIDUAL; o->residual == 0; n -= LCO_KV_BLOCK)
         if (o->page_size % n == 0)
             o->residual = n;
@@ -294,7 +295,7 @@ lco_kv_stats lco_kv_get_stats(const lco_kv *kv)
     for (const lco_seq *seq = kv->sequences; seq != NULL; seq = seq->next) {
         s.sequences++;
         s.tokens_held += seq->length;
-        s.tail_bytes += ((seq->tail != NULL) + (seq->next_tail != NULL)) * (int64_t)kv->tail_bytes;
+        s.tail_bytes += ((seq->tail != NULL) + (seq->next_tail != NULL) + (seq->held != NULL)) * (int64_t)kv->tail_bytes;
     }
     return s;
 }

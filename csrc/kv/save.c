@@ -49,10 +49,8 @@ lco_status lco_kv_first_in(lco_kv *kv, int32_t page, const uint8_t *bytes, lco_e
     if (status != LCO_OK)
         return status;
     kv->begins[page] = true;
-    if (kv->first_bytes > 0) {
+    if (kv->first_bytes > 0)
         memcpy(kv->firsts + (size_t)page * kv->first_bytes, bytes, kv->first_bytes);
-        lco_bounds_page(kv, page);
-    }
     return LCO_OK;
 }
 

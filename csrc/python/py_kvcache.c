@@ -361,8 +361,14 @@ static PyObject *cache_restore(cache_object *self, PyObject *args)
     lco_kv *kv;
     lco_seq *native = NULL;
     sequence_object *seq = new_sequence(self);
+    Py_ssize_t known = 0; /* ids that the model has, or -1: not told */
+    while (known < ids.len / 4 && image.ids[known] >= -1 && image.ids[known] < self->model->vocab_size)
+        known++;
     if (seq != NULL && length != ids.len / 4)
         status = lco_fail(&err, LCO_EFORMAT, "%lld tokens with %lld ids", length, (long long)(ids.len / 4));
+    else if (seq != NULL && known < length)
+        status = lco_fail(&err, LCO_EFORMAT, "id %d of a sequence, expected one in [0, %d) (vocab_size)", image.ids[known],
+                          self->model->vocab_size);
     else if (seq != NULL)
         LOCKED(self->model, (kv = lco_py_cache_nogil(self, &err)), status = lco_seq_from_image(kv, &image, &native, &err));
     PyBuffer_Release(&tail);

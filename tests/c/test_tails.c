@@ -272,8 +272,46 @@ static void tails_are_counted(void)
     CHECK(lco_seq_tail(m.seq) == next && lco_seq_next_tail(m.seq) == next, "it takes the place of the first");
     CHECK_OK(lco_seq_fork(m.seq, &fork, &check_err));
     CHECK(lco_seq_tail(fork) != lco_seq_tail(m.seq), "a tail is shared");
+    append(kv, &m, 31, &s);
+    CHECK(m.n % 32 == 0, "%lld", (long long)m.n);
+    lco_seq *empty;
+    CHECK_OK(lco_seq_fork(m.seq, &empty, &check_err));
+    CHECK(lco_seq_tail(empty) == NULL, "a fork at a stretch's end has nothing in a tail");
+    lco_seq_destroy(empty);
+    CHECK_OK(lco_seq_reserve(m.seq, 40, &check_err));
+    CHECK_OK(lco_seq_open(m.seq, 40, &check_err));
+    CHECK(lco_seq_next_tail(m.seq) == lco_seq_tail(m.seq), "nothing is in the tail that the next stretch may not take");
     CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(2 * bytes), "%lld", (long long)lco_kv_get_stats(kv).tail_bytes);
     CHECK(lco_kv_get_stats(kv).first_bytes == (int64_t)(lco_first_bytes(views) * LAYERS), "of one page");
+    CHECK_OK(lco_seq_hold(fork, 30, &check_err));
+    CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(2 * bytes), "nothing is held for tokens that stay in the stretch");
+    CHECK_OK(lco_seq_hold(fork, 31, &check_err));
+    CHECK(lco_kv_get_stats(kv).tail_bytes == (int64_t)(3 * bytes), "what is held for going back is counted too");
+    lco_kv_destroy(kv);
+}
+
+/* The memory of first tokens goes back with their page. What the system gives next is zeros. */
+static void first_tokens_give_their_memory_back(void)
+{
+    enum { WIDE = 2048 };
+    lco_kv_options options = options_of(LCO_I8, 320, 64, 16);
+    lco_kv *kv;
+    lco_seq *seq, *fork;
+    options.head_dim = WIDE;
+    CHECK_OK(lco_kv_create(&options, &kv, &check_err));
+    const lco_kv_view *view = lco_kv_views(kv);
+    CHECK_OK(lco_seq_create(kv, &seq, &check_err));
+    CHECK_OK(lco_seq_reserve(seq, 70, &check_err));
+    const int64_t page = lco_seq_table(seq)[0], n = (int64_t)(lco_first_bytes(view) / sizeof(uint16_t));
+    uint16_t *rows = lco_first_rows(view, page, LCO_KEY, 0);
+    memset(rows, 0x7F, (size_t)n * sizeof *rows);
+    lco_seq_commit(seq, NULL, 70, true);
+    CHECK_OK(lco_seq_fork(seq, &fork, &check_err));
+    lco_seq_destroy(seq);
+    CHECK(rows[n / 2] == 0x7F7F, "the fork has them");
+    CHECK(lco_kv_get_stats(kv).first_bytes == (int64_t)(lco_first_bytes(view) * LAYERS), "of one page");
+    lco_seq_destroy(fork);
+    CHECK(rows[n / 2] == 0 && lco_kv_get_stats(kv).first_bytes == 0, "nobody has");
     lco_kv_destroy(kv);
 }
 
@@ -291,6 +329,7 @@ static void stretches_fit_pages(void)
         {64, 64, 17, true, "sink_length = 17|0 to 16"},
         {64, 64, -1, true, "sink_length = -1"},
         {64, 0, 4, false, "sink_length = 4|write_buffer"},
+        {64, 64, 0, false, "residual_length = 64|write_buffer"},
     };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         lco_kv_options options = options_of(LCO_I8, 320, wrong[i].residual, wrong[i].n_first);
@@ -324,9 +363,8 @@ static void a_write_buffer_is_for_one_byte_codes(void)
 int main(int argc, char **argv)
 {
     const test_case tests[] = {
-        TEST(random_operations_match_a_plain_model),
-        TEST(tails_are_counted),
-        TEST(stretches_fit_pages),
+        TEST(random_operations_match_a_plain_model), TEST(tails_are_counted),
+        TEST(first_tokens_give_their_memory_back),   TEST(stretches_fit_pages),
         TEST(a_write_buffer_is_for_one_byte_codes),
     };
     return RUN_ALL(tests, argc, argv);

@@ -6,7 +6,7 @@ from checkpoints import make, row_errors, steps
 
 import llmcoopt
 from llmcoopt.cache import SCALED
-from llmcoopt.errors import NumericError, OutOfPagesError
+from llmcoopt.errors import ArgumentError, NumericError, OutOfPagesError
 
 IDS = np.random.default_rng(7).integers(0, 2048, 1024).tolist()
 OTHER = np.random.default_rng(8).integers(0, 2048, 1024).tolist()
@@ -233,18 +233,58 @@ def test_counters(model, cache):
     model.forward(IDS[:15], seq)
     assert counts() == (0, tails)
     model.forward(IDS[:1], seq)
-    assert counts() == (1, tails)
+    held = tails  # a call that leaves the stretch that it began in keeps what was in it, for going back
+    assert counts() == (1, tails + held * (cache.residual_length == 16))
     model.forward(IDS[:100], seq)
-    assert counts() == (7, tails)
+    assert counts() == (7, tails + held)
     fork = seq.fork()
-    assert counts() == (7, 2 * tails) and cache.stats()["first_bytes"] == beside, "the fork shares the first page"
+    assert counts() == (7, 2 * tails + held) and cache.stats()["first_bytes"] == beside, "the fork shares the first page"
     steps(model, fork, IDS[:12], *[1] * 12)
-    assert counts() == (8, 2 * tails)
+    assert counts() == (8, 2 * tails + held + tails * (128 % cache.residual_length == 0))
     fork.free()
     seq.truncate(50)
-    assert counts() == (8, tails)
+    assert counts() == (8, tails + held)
     del seq
     assert counts() == (8, 0)
     with llmcoopt.KVCache(model, cache.dtype, write_buffer=False) as plain:
         model.forward(IDS[:40], plain.sequence())
         assert (plain.stats()["blocks_quantised"], plain.stats()["tail_bytes"]) == (2, 0)
+
+
+BAD = ["64", 64.0, True, [16], -1, 2**40, 2**70, np.float32(32), np.int64(-16)]
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        *(({"residual_length": bad}, r"residual_length = .*expected a whole number from 16 to 64") for bad in [*BAD, 0, 15, 128]),
+        *(({"sink_length": bad}, r"sink_length = .*expected a whole number from 0 to 16") for bad in [*BAD, 17]),
+        *(({"page_size": bad}, r"page_size = .*expected a whole number from 16 to 512") for bad in [*BAD[:3], *BAD[4:], None, 0, 1024]),
+        *(({"max_tokens": bad}, r"max_tokens = .*expected a whole number from 1 to ") for bad in [*BAD[:5], 2**70, 0]),
+        *(({"host_bytes": bad}, r"host_bytes = .*expected a whole number from 1 to ") for bad in [*BAD[:5], 2**70, 0]),
+        ({"residual_length": 48}, "residual_length = 48, expected a multiple of 16 to 64 that divides page_size = 64"),
+        ({"residual_length": 32, "page_size": 48}, "residual_length = 32, expected a multiple of 16 to 64 that divides page_size = 48"),
+        ({"residual_length": 40, "page_size": 80}, "residual_length = 40, expected a multiple of 16"),
+        ({"page_size": 40}, "page_size = 40, expected a multiple of 16"),
+        ({"write_buffer": False, "residual_length": 64}, "residual_length = 64 .*without a write_buffer"),
+        ({"write_buffer": False, "sink_length": 4}, "sink_length = 4 without a write_buffer"),
+    ],
+)
+def test_wrong_options(model, options, text):
+    with pytest.raises(ArgumentError, match=text):
+        llmcoopt.KVCache(model, **options)
+
+
+def test_options_of_numpy(model):
+    options = {"page_size": np.int64(96), "residual_length": np.uint8(48), "sink_length": np.int16(3), "max_tokens": np.int32(500)}
+    with llmcoopt.KVCache(model, **options) as cache:
+        assert (cache.page_size, cache.residual_length, cache.sink_length) == (96, 48, 3)
+        assert all(type(n) is int for n in (cache.page_size, cache.residual_length, cache.sink_length))
+        assert cache.stats()["pages_total"] == 6
+
+
+def test_16_bit_caches_have_no_buffer(model):
+    with llmcoopt.KVCache(model, "bfloat16", residual_length=64, sink_length=16) as cache:
+        model.forward(IDS[:40], cache.sequence())
+        assert (cache.write_buffer, cache.residual_length, cache.sink_length) == (False, 0, 0)
+        assert cache.stats()["first_bytes"] == cache.stats()["tail_bytes"] == 0

@@ -159,6 +159,22 @@ def test_only_what_a_prompt_computes_is_kept(model):
                 cache.check()
 
 
+@pytest.mark.parametrize("residual", [16, 32, 64])
+@pytest.mark.parametrize("cut", [0, 40, 48, 64, 79, 80, 96, 128, 129])
+def test_stretches_that_came_back_from_codes_are_not_kept(model, cut, residual):
+    """Tokens after a cut inside a full stretch attend to codes where a prompt's attend to 16 bit."""
+    text = [*IDS[:cut], *OTHER[:100]]
+    options = {"page_size": 64, "max_tokens": 2048, "residual_length": residual}
+    with llmcoopt.KVCache(model, **options) as plain, llmcoopt.KVCache(model, prefix_cache=True, **options) as cache:
+        sequence = cache.sequence()
+        model.forward(IDS[:130], sequence)
+        sequence.truncate(cut)
+        model.forward(OTHER[:100], sequence)
+        assert say(model, cache, [text]) == say(model, plain, [text])
+        exact = cut % residual == 0 or cut // residual == 130 // residual
+        assert cache.stats()["writes_skipped"]["prefix"] == ((len(text) - 1) // 64 * 64 if exact else cut // 64 * 64)
+
+
 def test_with_a_spill_file(model, tmp_path):
     with cache_of(model, on=False) as plain:
         size = plain.stats()["page_bytes"]

@@ -313,3 +313,18 @@ def test_bad_choices(six):
     }.items():
         with pytest.raises(ArgumentError, match=how):
             llmcoopt.choose_cache_dtype(six, prompt(64), progress=False, **text)
+
+
+@pytest.mark.parametrize("page_size, residual", [(48, 48), (32, None), (128, 16)])
+def test_stretches_of_the_cache_that_is_chosen_for(six, page_size, residual):
+    """A report, and a choice of types, measure a buffer as long as the cache has."""
+    rows, how = [prompt(150)], {"page_size": page_size, "residual_length": residual, "progress": False}
+    length = residual or min(page_size, 64)
+    found = llmcoopt.cache_report(six, rows, "int8", **how)
+    alike = llmcoopt.cache_report(six, rows, "int8", page_size=length, residual_length=length, progress=False)
+    longer = llmcoopt.cache_report(six, rows, "int8", page_size=64, progress=False)
+    assert np.array_equal(found.attention_error, alike.attention_error) and np.array_equal(found.key_error, alike.key_error)
+    assert (found.attention_error.mean() > longer.attention_error.mean()) and np.array_equal(found.key_error, longer.key_error)
+    with llmcoopt.KVCache(six, "auto", page_size, residual_length=residual, calibration=rows, tolerance=0.01) as cache:
+        assert cache.residual_length == length
+        assert np.array_equal(cache.choice.report.attention_error, llmcoopt.cache_report(six, rows, **how).attention_error)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -158,6 +159,136 @@ def test_damage_is_found(model, saved, tmp_path):
         path.write_bytes(raw)
         with pytest.raises(FormatError, match=r"page 1 is damaged \(tokens 16 to 31 of sequence 0\)"):
             cache.load(path)
+
+
+def test_bounds_of_pages_that_go_to_the_spill_file(model, tmp_path):
+    """The first page of the second sequence leaves memory as it is loaded."""
+    path = tmp_path / "a"
+    with llmcoopt.KVCache(model, "fp8", page_size=16, max_tokens=1024) as plain:
+        sequences = [plain.sequence() for _ in range(2)]
+        for i, sequence in enumerate(sequences):
+            model.forward(IDS[150 * i : 150 * i + 150], sequence)
+        plain.save(path)
+        expected = goes_on(model, sequences[1])
+        size = plain.stats()["page_bytes"]
+    with llmcoopt.KVCache(model, "fp8", 16, 1024, host_bytes=8 * size, spill_path=tmp_path, page_tolerance=1e-300) as cache:
+        first, second = cache.load(path)
+        first.free()
+        assert np.array_equal(goes_on(model, second), expected)
+        second.truncate(64)
+        model.forward(IDS[:1], second)  # all its pages come back
+        assert cache.stats()["pages_away"] == 0
+        cache.check()
+
+
+def rewritten(source, path, edit):
+    """Writes the file again with what edit(about, tensors) made of it, and with checksums that are right. tensors: [dtype, bytes] of each."""
+    raw = source.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    metadata, tensors = header.pop("__metadata__"), {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = [entry["dtype"], raw[start + begin : start + end], entry["shape"]]
+    about = json.loads(metadata["about"])
+    edit(about, tensors)
+    parts = [f"{part}.{i}" for i in range(len(about["sequences"])) for part in ("ids", "table", "tail")] + ["firsts"]
+    metadata["about"] = json.dumps(about)
+    metadata["crc32"] = f"{zlib.crc32(metadata['about'].encode() + b''.join(tensors[name][1] for name in parts if name in tensors)):08x}"
+    entries, at = {"__metadata__": metadata}, 0
+    for name, (dtype, data, shape) in tensors.items():
+        shape = shape if name == "pages" else [len(data) // (1 if dtype == "U8" else 4)]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, data, _ in tensors.values()))
+
+
+def numbers_of(name, **changed):
+    """An edit: numbers of an int32 tensor by their index."""
+
+    def edit(about, tensors):
+        values = np.frombuffer(tensors[name][1], np.int32).copy()
+        for at, value in changed.items():
+            values[int(at[1:])] = value
+        tensors[name][1] = values.tobytes()
+
+    return edit
+
+
+def sequence_of(at, value):
+    def edit(about, tensors):
+        about["sequences"][0][at] = value
+
+    return edit
+
+
+def bytes_of(name, change):
+    def edit(about, tensors):
+        tensors[name][:2] = "U8", change(tensors[name][1])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit, text",
+    [
+        (lambda about, tensors: None, None),
+        (numbers_of("ids.0", n3=2**30), r"id 1073741824 of a sequence, expected one in \[0, 2048\)"),
+        (numbers_of("ids.0", n3=2048), r"id 2048 of a sequence"),
+        (numbers_of("ids.0", n39=-2), r"id -2 of a sequence"),
+        (numbers_of("table.0", n0=-5), "a table names pages -5 to 2 of 3"),
+        (numbers_of("table.0", n2=3), "a table names pages 0 to 3 of 3"),
+        (numbers_of("table.0", n0=-1), "page 0 of a sequence is number -1, which is none"),
+        (numbers_of("table.0", n1=0), r"page 1 of a sequence is number \d+, which a text begins with"),
+        (numbers_of("table.1", n0=1, n1=0), "first tokens in .* bytes, expected .* for each of 2 pages"),
+        (sequence_of(0, 2**70), "its parts are not those of a saved cache"),
+        (sequence_of(0, float("inf")), "its parts are not those of a saved cache"),
+        (sequence_of(0, 41), "41 tokens with 40 ids"),
+        (sequence_of(1, 41), "of which 41 tokens are exact"),
+        (sequence_of(2, 4), "and 4 pages unseen"),
+        (sequence_of(2, -1), "and -1 pages unseen"),
+        (bytes_of("ids.0", lambda raw: raw + b"x"), "its parts are not those of a saved cache"),
+        (bytes_of("table.0", lambda raw: raw[:-1]), "its parts are not those of a saved cache"),
+        (bytes_of("table.0", lambda raw: raw[:-4]), "a sequence of 40 tokens in 2 pages"),
+        (bytes_of("tail.0", lambda raw: raw[:-1]), "a write buffer of .* bytes, expected"),
+        (bytes_of("firsts", lambda raw: raw[:-1]), "first tokens in .* bytes, expected .* for each of 1 pages"),
+        (bytes_of("crc32", lambda raw: raw[:-4]), "2 checksums of 3 pages"),
+        (lambda about, tensors: tensors.pop("firsts"), "its parts are not those of a saved cache"),
+        (lambda about, tensors: about.update(page_bytes=1), "its parts are not those of a saved cache"),
+        (lambda about, tensors: about.update(sequences=[[1], [2]]), "its parts are not those of a saved cache"),
+    ],
+)
+def test_files_made_to_harm(model, tmp_path, edit, text):
+    """Checksums that are right, and contents that no cache has: an error before any of it is used."""
+    with llmcoopt.KVCache(model, "int8", page_size=16, max_tokens=1024) as cache:
+        sequence = cache.sequence()
+        model.forward(IDS[:40], sequence)
+        cache.save(tmp_path / "a", [sequence, sequence.fork()])
+        rewritten(tmp_path / "a", tmp_path / "b", edit)
+        if text is None:
+            assert cache.load(tmp_path / "b")[0].ids == IDS[:40]
+            return
+        with pytest.raises(FormatError, match=text):
+            cache.load(tmp_path / "b")
+        cache.check()
+        assert cache.stats()["sequences"] == 1
+
+
+@pytest.mark.parametrize("options", [{"residual_length": 16, "sink_length": 9}, {"write_buffer": False}, {"dtype": "bfloat16"}])
+def test_caches_made_by_files(model, tmp_path, options):
+    with llmcoopt.KVCache(model, **{"page_size": np.int64(32), "max_tokens": np.int64(640)} | options) as cache:
+        sequence = cache.sequence()
+        model.forward(IDS[:40], sequence)
+        cache.save(tmp_path / "a")
+        expected = goes_on(model, sequence)
+    again, (sequence,) = llmcoopt.KVCache.from_file(model, tmp_path / "a")
+    with again:
+        assert all(getattr(again, name) == getattr(cache, name) for name in ("residual_length", "sink_length", "write_buffer", "page_size"))
+        assert np.array_equal(goes_on(model, sequence), expected)
+    rewritten(tmp_path / "a", tmp_path / "b", lambda about, tensors: about.pop("sink_length"))
+    with pytest.raises(FormatError, match=r"its parts are not those of a saved cache .KeyError: 'sink_length'"):
+        llmcoopt.KVCache.from_file(model, tmp_path / "b")
 
 
 def test_nothing_half_written(model, saved, tmp_path, monkeypatch):

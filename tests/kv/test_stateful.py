@@ -34,6 +34,17 @@ OPTIONS = {
     "windowed, spilled": {"dtype": "float32", "attention_window": 30, "hot_pages": 5},
     "windowed, prefix": {"dtype": "fp8_e4m3", "attention_window": 40, "attention_sinks": 5, "prefix_cache": True},
     "spilled": {"dtype": "fp8_e4m3", "hot_pages": 4},
+    "bounds, spilled": {"dtype": "fp8_e4m3", "page_tolerance": 1e-300, "hot_pages": 4},
+    "all": {
+        "dtype": ["int8", "bfloat16"],
+        "page_size": 32,
+        "residual_length": 16,
+        "attention_window": 40,
+        "attention_sinks": 5,
+        "prefix_cache": True,
+        "page_tolerance": 1e-300,
+        "hot_pages": 5,
+    },
     "spilled bfloat16": {"dtype": "bfloat16", "page_size": 32, "hot_pages": 5},
 }
 # Options that the plain model shares: the others may not change a bit.

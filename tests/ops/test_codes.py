@@ -287,7 +287,8 @@ def test_stretches_and_first_tokens(ctx, rng, dtype, residual, n_first):
     for window in (0, 3, 66, 350):
         for case.sinks in (0, 2, 9):
             case.check(ctx, 0, 140, prompt=True, window=window)
-            case.check(ctx, 352, 1, prompt=False, window=window)
+            for pos in (40, 90, 352):
+                case.check(ctx, pos, 1, prompt=False, window=window)
             case.check(ctx, 100, 60, prompt=True, window=window)
 
 

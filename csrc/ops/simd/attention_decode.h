@@ -466,7 +466,7 @@ static void decode_unit(const attention_job *job, const unit *u, int thread)
     load_decode_query(job, u, scaled, job->lifted);
     for (int64_t n = u->first; n < end; n++) {
         const int64_t page = page_at(&plan, n), start = page * page_size, stop = start + page_size < coded ? start + page_size : coded;
-        const int64_t from = start > n_first ? start : n_first; /* n_first is less than a page */
+        const int64_t from = start > n_first ? start : n_first; /* n_first is at most a page */
         const int64_t sinks = seen.sinks < stop ? seen.sinks : stop, first = seen.first > from ? seen.first : from;
         if ((sinks <= from && first >= stop) || !lco_page_chosen(a, u->item, u->head, page))
             continue;
