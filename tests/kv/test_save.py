@@ -253,6 +253,8 @@ def bytes_of(name, change):
         (bytes_of("table.0", lambda raw: raw[:-4]), "a sequence of 40 tokens in 2 pages"),
         (bytes_of("tail.0", lambda raw: raw[:-1]), "a write buffer of .* bytes, expected"),
         (bytes_of("firsts", lambda raw: raw[:-1]), "first tokens in .* bytes, expected .* for each of 1 pages"),
+        (bytes_of("tail.0", lambda raw: raw + b"x"), "a write buffer of .* bytes, expected"),
+        (bytes_of("firsts", lambda raw: raw + b"x"), "first tokens in .* bytes, expected .* for each of 1 pages"),
         (bytes_of("crc32", lambda raw: raw[:-4]), "2 checksums of 3 pages"),
         (lambda about, tensors: tensors.pop("firsts"), "its parts are not those of a saved cache"),
         (lambda about, tensors: about.update(page_bytes=1), "its parts are not those of a saved cache"),
@@ -317,4 +319,29 @@ def test_numbers_of_no_page(model):
             cache._core.page_in(b"short")
         with pytest.raises(FormatError, match=r"page 0 of a sequence is number 7, which is none"):
             cache._core.restore(3, 3, 0, np.zeros(3, np.int32).tobytes(), np.array([7], np.int32).tobytes(), b"")
+        cache.check()
+
+
+def test_first_tokens_of_pages_that_begin_no_text(model):
+    with llmcoopt.KVCache(model, "int8", page_size=16, max_tokens=64) as cache:
+        core, (_, each) = cache._core, cache._core.buffer()
+        page, ids = core.page_in(bytes(cache.stats()["page_bytes"])), np.zeros(16, np.int32).tobytes()
+        table = np.array([page], np.int32).tobytes()
+        with pytest.raises(ArgumentError, match=f"page {page}, expected one that a text begins with"):
+            core.first_out(page, bytearray(each))
+        with pytest.raises(FormatError, match=f"page 0 of a sequence is number {page}, which no text begins with"):
+            core.restore(16, 16, 0, ids, table, b"")
+        for size in (each - 1, each + 1):
+            with pytest.raises(FormatError, match=f"first tokens of a text in {size} bytes, expected {each}"):
+                core.first_in(page, bytes(size))
+            with pytest.raises(FormatError, match=f"first tokens of a text in {size} bytes, expected {each}"):
+                core.first_out(page, bytearray(size))
+        with pytest.raises(ArgumentError, match="page 3, expected one that is held"):
+            core.first_in(3, bytes(each))
+        core.first_in(page, bytes(range(256)) * (each // 256))
+        found = bytearray(each)
+        core.first_out(page, found)
+        assert found == bytes(range(256)) * (each // 256) and each > 0
+        core.restore(16, 16, 0, ids, table, b"").free()
+        core.page_drop(page)
         cache.check()
