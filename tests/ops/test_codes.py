@@ -284,7 +284,7 @@ def test_stretches_and_first_tokens(ctx, rng, dtype, residual, n_first):
     case = Case(rng, 400, 6, 2, 40, 64, dtype, buffer=(residual, n_first))
     for pos in (0, 3, 31, 32, 63, 64, 65, 127, 128, 399):
         case.check(ctx, pos, 1, prompt=False)
-    for window in (0, 3, 66, 350):
+    for window in (0, 3, 66, 98, 350):  # 98: of position 100 it begins among the first tokens
         for case.sinks in (0, 2, 9):
             case.check(ctx, 0, 140, prompt=True, window=window)
             for pos in (40, 90, 352):
