@@ -23,7 +23,7 @@ from table import write_csv
 
 import llmcoopt
 
-LONG = 65_536  # tokens of the sequence that is forked
+LONG = 65_576  # tokens of the sequence that is forked: inside a stretch of the write buffer, which a fork copies
 TINY = (64, 32, 64, 1, 1, 1, True)  # as SHAPES: so small that LONG tokens are computed in seconds
 
 

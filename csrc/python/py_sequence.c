@@ -175,35 +175,25 @@ static PyObject *sequence_fork(sequence_object *self, PyObject *Py_UNUSED(arg))
     return NULL;
 }
 
-static PyObject *sequence_truncate(sequence_object *self, PyObject *arg)
+/* A change of the sequence that takes a number of tokens. */
+static PyObject *change(sequence_object *self, PyObject *arg, lco_status (*to)(lco_seq *, int64_t, lco_error *))
 {
-    long long length = PyLong_AsLongLong(arg);
-    if (length == -1 && PyErr_Occurred())
+    long long tokens = PyLong_AsLongLong(arg);
+    if (tokens == -1 && PyErr_Occurred())
         return NULL;
     if (claim(self) != 0)
         return NULL;
     lco_error err;
     lco_status status;
     lco_seq *seq;
-    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = lco_seq_truncate(seq, length, &err));
+    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = to(seq, tokens, &err));
     self->busy--;
     return lco_py_none((PyObject *)self, status, &err);
 }
 
-static PyObject *sequence_hold(sequence_object *self, PyObject *arg)
-{
-    long long n = PyLong_AsLongLong(arg);
-    if (n == -1 && PyErr_Occurred())
-        return NULL;
-    if (claim(self) != 0)
-        return NULL;
-    lco_error err;
-    lco_status status;
-    lco_seq *seq;
-    LOCKED(self->cache->model, (seq = lco_py_sequence_nogil(self, &err)), status = lco_seq_hold(seq, n, &err));
-    self->busy--;
-    return lco_py_none((PyObject *)self, status, &err);
-}
+static PyObject *sequence_truncate(sequence_object *self, PyObject *arg) { return change(self, arg, lco_seq_truncate); }
+
+static PyObject *sequence_hold(sequence_object *self, PyObject *arg) { return change(self, arg, lco_seq_hold); }
 
 static PyObject *sequence_free(sequence_object *self, PyObject *Py_UNUSED(arg))
 {
